@@ -1,0 +1,75 @@
+"""Composition root: the arguments of a Serve YAML -> Serve applications.
+
+    import_path: serve_app.app:build_kvcache   the graph: Scorer -> PrefixStore -> Tokenizer, Scorer -> BlockIndex
+    import_path: serve_app.app:build_llm       the data path: an OpenAI API whose requests are routed by KV cache
+
+(No `from __future__ import annotations` here: Ray reads the annotations to convert `args`.)
+"""
+
+import logging
+
+from pydantic import ValidationError
+from ray import serve
+from ray.serve import Application
+from ray.serve.llm import LLMConfig, build_openai_app
+
+from serve_app.config import EMBEDDED, GraphArgs, LLMArgs, RouterSettings
+from serve_app.deployments.embedded_redis import EmbeddedRedis, resolve_redis_url
+from serve_app.deployments.graph import BlockIndex, PrefixStore, Tokenizer
+from serve_app.deployments.scorer import Scorer
+from serve_app.errors import ConfigError
+from serve_app.model import resolve_model
+
+logger = logging.getLogger("ray.serve")
+
+_ROUTER = "serve_app.deployments.request_router.KVCacheAwareRouter"
+_REPLICA = "serve_app.deployments.vllm_replica.VLLMReplica"
+_INGRESS = "serve_app.deployments.openai_ingress.KVCacheIngress"
+
+
+def build_kvcache(args: GraphArgs) -> Application:
+    """The graph, and with `redis_url: embedded` the Valkey that it needs."""
+    redis_url = resolve_redis_url(args.redis_url)
+    options = {"num_cpus": args.num_cpus}
+
+    def deployment(cls: type, replicas: int = 1, **more: object) -> serve.Deployment:
+        return serve.deployment(cls, num_replicas=replicas, ray_actor_options=options, **more)
+
+    tokenizer = deployment(Tokenizer, args.tokenizer_replicas).bind()
+    prefix_store = deployment(PrefixStore, args.prefix_store_replicas, max_ongoing_requests=256).bind(args, tokenizer)
+    block_index = deployment(BlockIndex, args.block_index_replicas, max_ongoing_requests=256).bind(args, redis_url)
+    scorer = deployment(Scorer, args.scorer_replicas, max_ongoing_requests=256)
+    if args.redis_url == EMBEDDED:
+        return scorer.bind(args, prefix_store, block_index, deployment(EmbeddedRedis).bind(redis_url))
+    return scorer.bind(args, prefix_store, block_index)
+
+
+def build_llm(args: LLMArgs) -> Application:
+    """A Ray Serve LLM application with VLLMReplica and KVCacheAwareRouter put in."""
+    llm = dict(args.llm)
+    loading = dict(llm.get("model_loading_config") or {})
+    if "model_id" not in loading:
+        raise ConfigError("llm.model_loading_config.model_id is missing: the model name that clients send")
+    if loading.get("model_source"):
+        loading["model_source"] = resolve_model(loading["model_source"])
+    llm["model_loading_config"] = loading
+
+    try:
+        settings = RouterSettings(**{"model": loading["model_id"], **args.routing})
+    except ValidationError as error:
+        raise ConfigError(f"routing: {error}") from error
+    deployment_config = dict(llm.get("deployment_config") or {})
+    deployment_config["request_router_config"] = {
+        "request_router_class": _ROUTER,
+        "request_router_kwargs": settings.model_dump(mode="json"),
+    }
+    llm["deployment_config"] = deployment_config
+    llm.setdefault("server_cls", _REPLICA)
+
+    from ray.llm._internal.serve.constants import RAY_SERVE_LLM_ENABLE_DIRECT_STREAMING
+
+    builder: dict[str, object] = {"llm_configs": [LLMConfig(**llm)]}
+    if not RAY_SERVE_LLM_ENABLE_DIRECT_STREAMING:
+        logger.info("kvcache: direct streaming is off, tokens pass the ordinary ingress (see configs/direct.env)")
+        builder["ingress_cls_config"] = {"ingress_cls": _INGRESS}
+    return build_openai_app(builder)

@@ -1,0 +1,76 @@
+"""Settings, as they stand in a Serve YAML. Unknown names are errors; every default is good for production.
+
+In: the `args` of an application, or `request_router_kwargs`. Out: frozen pydantic models.
+"""
+
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, PositiveInt
+
+from serve_app.scoring import Strategy
+from serve_app.selection import Policy
+
+EMBEDDED = "embedded"
+"""As `redis_url`: a Valkey that the `kvcache` application starts on this node. For one node only."""
+
+DEFAULT_PREFIX_STORE_BYTES = 512 * 1024**2
+
+
+class _Settings(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, use_enum_values=False)
+
+
+class IndexSettings(_Settings):
+    """Where the index of one model is, and how much of it to hold."""
+
+    model: Annotated[str, Field(description="Model id that clients send; names the key space in Redis.")]
+    redis_url: Annotated[
+        str, Field(description="redis://, rediss:// or unix:// URL of Redis or Valkey, or `embedded`.")
+    ] = EMBEDDED
+    max_blocks: Annotated[PositiveInt, Field(description="Cap of a mirror, in blocks (about 100 bytes each).")] = (
+        20_000_000
+    )
+    tier_order: Annotated[tuple[str, ...], Field(description="Cache tiers from fastest to slowest.")] = (
+        "gpu",
+        "cpu",
+        "storage",
+    )
+    prefix_store_bytes: Annotated[PositiveInt, Field(description="Cap of a prefix store, in bytes.")] = (
+        DEFAULT_PREFIX_STORE_BYTES
+    )
+    strategy: Annotated[Strategy, Field(description="How a match becomes a score.")] = Strategy.LONGEST_PREFIX
+
+
+class RouterSettings(IndexSettings):
+    """`request_router_kwargs` of `KVCacheAwareRouter`. The replica's publisher reads them too."""
+
+    policy: Annotated[Policy, Field(description="kv_aware, or a baseline to compare with.")] = Policy.KV_AWARE
+    prefix_lookup: Annotated[
+        Literal["local", "deployment"], Field(description="Prompt -> block keys in the router, or in PrefixStore.")
+    ] = "local"
+    index_query: Annotated[
+        Literal["local", "deployment"], Field(description="Keys -> matches from the router's mirror, or BlockIndex.")
+    ] = "local"
+    graph_app: Annotated[str, Field(description="Serve application that has the graph's deployments.")] = "kvcache"
+    decision_deadline_s: Annotated[
+        float, Field(gt=0, description="After this a request goes to the least-loaded replica.")
+    ] = 0.5
+
+
+class GraphArgs(IndexSettings):
+    """Arguments of `serve_app.app:build_kvcache`."""
+
+    tokenizer_replicas: PositiveInt = 1
+    prefix_store_replicas: PositiveInt = 1
+    block_index_replicas: PositiveInt = 1
+    scorer_replicas: PositiveInt = 1
+    num_cpus: Annotated[float, Field(ge=0, description="Ray CPUs that each of the graph's replicas reserves.")] = 0.1
+
+
+class LLMArgs(_Settings):
+    """Arguments of `serve_app.app:build_llm`."""
+
+    llm: Annotated[dict[str, Any], Field(description="A Ray Serve LLM `LLMConfig`. `model_source` may be builtin:...")]
+    routing: Annotated[dict[str, Any], Field(description="RouterSettings; `model` defaults to the LLM's model id.")] = (
+        Field(default_factory=dict)
+    )

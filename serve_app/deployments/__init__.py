@@ -1,0 +1,1 @@
+"""Thin Ray Serve shells around the plain classes. Nothing here decides anything."""

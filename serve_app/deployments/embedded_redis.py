@@ -1,0 +1,45 @@
+"""`redis_url: embedded`: a Valkey that lives and dies with the Ray session, at a path that all its processes know."""
+
+from pathlib import Path
+
+import ray
+
+from serve_app.config import EMBEDDED
+from serve_app.errors import ConfigError, StoreError
+from serve_app.index.valkey import ValkeyProcess
+
+_SCHEME = "unix://"
+
+
+def resolve_redis_url(url: str) -> str:
+    """The URL itself, or for `embedded` the URL of this Ray session's Valkey.
+
+    Raises:
+        ConfigError: `embedded` on a cluster of several nodes, which do not share a Unix socket.
+    """
+    if url != EMBEDDED:
+        return url
+    nodes = sum(bool(node["Alive"]) for node in ray.nodes())
+    if nodes > 1:
+        raise ConfigError(
+            f"redis_url: embedded works on one node, and this Ray cluster has {nodes}; "
+            "set redis_url: redis://HOST:6379 to a Redis or Valkey that all of them reach"
+        )
+    # Ray has no public call for its session folder.
+    session = ray._private.worker.global_worker.node.get_session_dir_path()
+    return f"{_SCHEME}{session}/kvcache-valkey.sock"
+
+
+class EmbeddedRedis:
+    """The deployment around it. Serve restarts it when it no longer answers; publishers then publish again."""
+
+    def __init__(self, url: str) -> None:
+        self._server = ValkeyProcess(Path(url.removeprefix(_SCHEME)))
+
+    def check_health(self) -> None:
+        if not self._server.is_up():
+            raise StoreError("the embedded Valkey does not answer")
+
+    def __del__(self) -> None:
+        if hasattr(self, "_server"):
+            self._server.stop()

@@ -1,0 +1,112 @@
+"""The stages of the read path as deployments: Tokenizer, PrefixStore, BlockIndex. Each is a plain class in a shell.
+
+    Scorer -> PrefixStore -> Tokenizer
+           -> BlockIndex  -> Redis
+"""
+
+import asyncio
+from collections.abc import Sequence
+from typing import Any
+
+from ray.serve.handle import DeploymentHandle
+
+from serve_app.blocks import split_keys
+from serve_app.config import GraphArgs
+from serve_app.deployments.metrics import IndexMetrics
+from serve_app.errors import StoreError
+from serve_app.index.mirror import Mirror
+from serve_app.indexer import EncodedKeys
+from serve_app.prompts.encoder import PromptEncoder
+from serve_app.prompts.prefix_store import PrefixStore as Store
+from serve_app.prompts.tokenizer import Segment
+from serve_app.prompts.tokenizer import Tokenizer as TokenizerModel
+from serve_app.types import EngineSpec, ModelId, PodId, PodMatch, Tier
+
+STALE_AFTER_S = 30.0  # a BlockIndex that has not heard from Redis for so long says that it is unhealthy
+
+
+class Tokenizer:
+    """Text segments -> token ids, off everybody else's event loop."""
+
+    def __init__(self) -> None:
+        self._models: dict[str, TokenizerModel] = {}
+
+    def encode_segments(self, source: str, segments: Sequence[Segment]) -> list[bytes]:
+        """Packed token ids of each segment."""
+        model = self._models.get(source)
+        if model is None:
+            model = self._models[source] = TokenizerModel(source)
+        return model.encode_segments(segments)
+
+
+class PrefixStore:
+    """Request body -> block keys; only text that was not seen before goes to the Tokenizer."""
+
+    def __init__(self, args: GraphArgs, tokenizer: DeploymentHandle) -> None:
+        self._tokenizer = tokenizer
+        self._store = Store(args.prefix_store_bytes)
+        self._encoders: dict[EngineSpec, PromptEncoder] = {}
+
+    async def encode(self, body: dict[str, Any], spec: EngineSpec) -> list[EncodedKeys]:
+        encoder = self._encoders.get(spec)
+        if encoder is None:
+            encoder = self._encoders[spec] = await asyncio.to_thread(PromptEncoder, spec, self._store)
+        answer: list[EncodedKeys] = []
+        for prepared in encoder.prepare(body):
+            ids: list[bytes] = []
+            if prepared.missing:
+                ids = await self._tokenizer.encode_segments.remote(spec.tokenizer, prepared.missing)
+            encoded = encoder.finish(prepared, ids)
+            answer.append(EncodedKeys(encoded.block_keys, encoded.token_count, encoded.cached_token_count))
+        return answer
+
+
+class BlockIndex:
+    """Block keys -> matches, from a mirror of Redis."""
+
+    def __init__(self, args: GraphArgs, redis_url: str) -> None:
+        self._mirror = Mirror(
+            redis_url,
+            ModelId(args.model),
+            max_blocks=args.max_blocks,
+            tier_order=[Tier(tier) for tier in args.tier_order],
+            bury=True,
+        )
+        self._mirror.start()
+        self._metrics = IndexMetrics(self._mirror, args.model)
+
+    def spec(self) -> EngineSpec | None:
+        return self._mirror.spec()
+
+    def match(self, keys: bytes, pods: Sequence[PodId] | None, count_hits: bool) -> dict[PodId, PodMatch]:
+        return dict(self._mirror.match(split_keys(keys), pods, count_hits=count_hits))
+
+    def describe(self) -> dict[str, Any]:
+        """The index as people want to see it."""
+        return {
+            "stale_for_s": round(self._mirror.stale_for_s(), 3),
+            "blocks": dict(self._mirror.block_counts()),
+            "pods": [
+                {
+                    "pod": domain.pod,
+                    "live": live,
+                    "epoch": domain.epoch,
+                    "address": domain.address,
+                    "block_size": domain.spec.block_size,
+                    "blocks": heartbeat.blocks if heartbeat else None,
+                    "in_flight": heartbeat.in_flight if heartbeat else None,
+                    "events_applied": heartbeat.events_applied if heartbeat else None,
+                    "events_skipped": heartbeat.events_skipped if heartbeat else None,
+                    "events_lost": heartbeat.events_lost if heartbeat else None,
+                }
+                for domain, live, heartbeat in self._mirror.domains()
+            ],
+        }
+
+    def check_health(self) -> None:
+        if STALE_AFTER_S < self._mirror.stale_for_s() < float("inf"):
+            raise StoreError("no answer from Redis")
+
+    def __del__(self) -> None:
+        if hasattr(self, "_mirror"):
+            self._mirror.close()

@@ -1,0 +1,143 @@
+"""Metrics through ray.util.metrics: in the Ray dashboard, and on every node's Prometheus endpoint with prefix `ray_`.
+
+Counters of the hot path are plain integers, handed to Ray once per second: a Ray counter costs more than a decision.
+"""
+
+import threading
+from collections import Counter as Tally
+from collections.abc import Callable, Mapping
+
+from ray.util.metrics import Counter, Gauge, Histogram
+
+from serve_app.index.mirror import Mirror
+
+FLUSH_S = 1.0
+_LATENCY_BOUNDARIES_S = [0.0001, 0.0002, 0.0005, 0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0]
+
+
+class _Every:
+    """Call a function once per period, in a daemon thread, until the process ends."""
+
+    def __init__(self, period_s: float, function: Callable[[], None]) -> None:
+        self._stop = threading.Event()
+
+        def loop() -> None:
+            while not self._stop.wait(period_s):
+                function()
+
+        threading.Thread(target=loop, name="kvcache-metrics", daemon=True).start()
+
+
+class RouterMetrics:
+    """What a router decided, on what, and how long it took."""
+
+    def __init__(self, model: str) -> None:
+        tags = {"model": model}
+        self._decisions: Tally[tuple[str, str]] = Tally()
+        self._tokens: Tally[str] = Tally()
+        self._decision_counter = Counter(
+            "kvcache_router_decisions_total",
+            "Routing decisions, by what they rested on (hit, miss, fallback, baseline) and why.",
+            tag_keys=("model", "outcome", "reason"),
+        ).set_default_tags(tags)
+        self._prompt_counter = Counter(
+            "kvcache_router_prompt_tokens_total", "Prompt tokens of scored requests.", tag_keys=("model",)
+        ).set_default_tags(tags)
+        self._matched_counter = Counter(
+            "kvcache_router_matched_tokens_total",
+            "Prompt tokens that the chosen replica held, by tier.",
+            tag_keys=("model", "tier"),
+        ).set_default_tags(tags)
+        self._latency = Histogram(
+            "kvcache_router_stage_latency_seconds",
+            "Time of a decision by stage (prompt, index, score), and as a whole (total).",
+            boundaries=_LATENCY_BOUNDARIES_S,
+            tag_keys=("model", "stage"),
+        ).set_default_tags(tags)
+        self._lock = threading.Lock()
+        self._flusher = _Every(FLUSH_S, self.flush)
+
+    def decided(self, outcome: str, reason: str, total_s: float) -> None:
+        with self._lock:
+            self._decisions[outcome, reason] += 1
+        self._latency.observe(total_s, {"stage": "total"})
+
+    def scored(self, prompt_tokens: int, matched: Mapping[str, int], stage_s: Mapping[str, float]) -> None:
+        with self._lock:
+            self._tokens["prompt"] += prompt_tokens
+            for tier, tokens in matched.items():
+                self._tokens[f"matched {tier}"] += tokens
+        for stage, seconds in stage_s.items():
+            self._latency.observe(seconds, {"stage": stage})
+
+    def flush(self) -> None:
+        with self._lock:
+            decisions, self._decisions = self._decisions, Tally()
+            tokens, self._tokens = self._tokens, Tally()
+        for (outcome, reason), count in decisions.items():
+            self._decision_counter.inc(count, {"outcome": outcome, "reason": reason})
+        for name, count in tokens.items():
+            if name == "prompt" and count:
+                self._prompt_counter.inc(count)
+            elif count:
+                self._matched_counter.inc(count, {"tier": name.removeprefix("matched ")})
+
+
+class IndexMetrics:
+    """What a mirror holds, how far it is behind, and what the publishers it follows report."""
+
+    def __init__(self, mirror: Mirror, model: str) -> None:
+        tags = {"model": model}
+        self._mirror = mirror
+        self._sent: Tally[tuple[str, str]] = Tally()
+        self._blocks = Gauge(
+            "kvcache_index_blocks", "Distinct blocks in the mirror, by tier.", tag_keys=("model", "tier")
+        ).set_default_tags(tags)
+        self._pods = Gauge("kvcache_index_pods", "Live pods.", tag_keys=("model",)).set_default_tags(tags)
+        self._lag = Gauge(
+            "kvcache_index_log_lag_seconds",
+            "Age of the newest log entry when the mirror applied it.",
+            tag_keys=("model",),
+        ).set_default_tags(tags)
+        self._stale = Gauge(
+            "kvcache_index_stale_seconds", "Time since Redis last answered the mirror.", tag_keys=("model",)
+        ).set_default_tags(tags)
+        self._entries = Counter(
+            "kvcache_index_log_entries_total", "Log entries applied, by kind; loads, gaps, errors.",
+            tag_keys=("model", "kind"),
+        ).set_default_tags(tags)
+        self._evicted = Counter(
+            "kvcache_index_evicted_blocks_total", "Blocks evicted by the cap.", tag_keys=("model",)
+        ).set_default_tags(tags)
+        self._events = Counter(
+            "kvcache_publisher_events_total",
+            "KV events by pod and result: applied, lost, or skipped with the reason.",
+            tag_keys=("model", "pod", "result"),
+        ).set_default_tags(tags)
+        self._flusher = _Every(FLUSH_S, self.flush)
+
+    def flush(self) -> None:
+        mirror = self._mirror
+        for tier, count in mirror.block_counts().items():
+            self._blocks.set(count, {"tier": tier})
+        self._pods.set(len(mirror.pods()))
+        self._lag.set(mirror.lag_s)
+        if mirror.stale_for_s() != float("inf"):
+            self._stale.set(mirror.stale_for_s())
+        for kind, count in list(mirror.counters.items()):
+            self._up_to(self._entries, count, ("entries", kind), {"kind": kind})
+        self._up_to(self._evicted, mirror.evicted_blocks, ("evicted", ""), {})
+        for domain, _, heartbeat in mirror.domains():
+            if heartbeat is None or domain.pod is None:
+                continue
+            results = {"applied": heartbeat.events_applied, "lost": heartbeat.events_lost, **heartbeat.events_skipped}
+            for result, count in results.items():
+                self._up_to(self._events, count, (domain.pod, result), {"pod": domain.pod, "result": result})
+
+    def _up_to(self, counter: Counter, total: int, key: tuple[str, str], tags: dict[str, str]) -> None:
+        """Raise a Ray counter to a total that is kept elsewhere. A total that fell has started again from 0."""
+        sent = self._sent[key]
+        step = total - sent if total >= sent else total
+        self._sent[key] = total
+        if step > 0:
+            counter.inc(step, tags)

@@ -1,0 +1,115 @@
+"""Ingress of the graph: the Score API over HTTP.
+
+    POST /kvcache/v1/score   an OpenAI request body, plus optional `pods` and `strategy`  ->  ScoreAnswer
+    GET  /kvcache/v1/pods    what the index knows of every pod
+    GET  /kvcache/health
+"""
+
+from typing import Any
+
+from fastapi import FastAPI, Request
+from fastapi.responses import JSONResponse
+from pydantic import BaseModel, Field, ValidationError
+from ray import serve
+from ray.exceptions import RayTaskError
+from ray.serve.handle import DeploymentHandle
+
+from serve_app.config import GraphArgs
+from serve_app.deployments.stages import RemoteIndex, RemotePrompts
+from serve_app.errors import IndexUnavailable, PromptError
+from serve_app.indexer import Indexer
+from serve_app.scoring import Strategy
+from serve_app.types import PodId
+
+app = FastAPI(title="KVCache Manager")
+
+
+class PodScore(BaseModel):
+    score: float
+    matched_tokens: dict[str, int] = Field(description="Contiguous prefix by tier, fastest tier first.")
+
+
+class ScoreAnswer(BaseModel):
+    model: str
+    strategy: Strategy
+    prompt_tokens: int
+    block_size: int
+    scores: dict[str, float]
+    pods: dict[str, PodScore]
+
+
+class _Extra(BaseModel):
+    """What the Score API takes beside the OpenAI fields; they are removed before the prompt is looked at."""
+
+    pods: list[str] | None = None
+    strategy: Strategy | None = None
+
+
+@serve.ingress(app)
+class Scorer:
+    """`redis`, the embedded Valkey's handle, is not called: binding it here makes it part of the application."""
+
+    def __init__(
+        self,
+        args: GraphArgs,
+        prefix_store: DeploymentHandle,
+        block_index: DeploymentHandle,
+        redis: DeploymentHandle | None = None,
+    ) -> None:
+        self._model = args.model
+        self._block_index = block_index
+        self._indexer = Indexer(RemotePrompts(prefix_store), RemoteIndex(block_index), args.strategy)
+
+    @app.post("/v1/score", response_model=ScoreAnswer)
+    async def score(self, request: Request) -> ScoreAnswer | JSONResponse:
+        """Score the pods for the prompt in an OpenAI request body."""
+        try:
+            body = await request.json()
+            if not isinstance(body, dict):
+                raise ValueError("the body must be a JSON object")
+            extra = _Extra.model_validate({k: body.pop(k) for k in _Extra.model_fields if k in body})
+        except (ValueError, ValidationError) as error:
+            return _error(400, "invalid_request", str(error))
+        pods = None if extra.pods is None else [PodId(pod) for pod in extra.pods]
+        try:
+            scored = await self._indexer.score(body, pods, extra.strategy)
+        except (PromptError, IndexUnavailable, RayTaskError) as error:
+            return _refusal(error)
+        return ScoreAnswer(
+            model=self._model,
+            strategy=extra.strategy or self._indexer.strategy,
+            prompt_tokens=scored.prompt_tokens,
+            block_size=scored.block_size,
+            scores=dict(scored.scores),
+            pods={
+                pod: PodScore(score=scored.scores[pod], matched_tokens=dict(scored.matched_tokens[pod]))
+                for pod in scored.scores
+            },
+        )
+
+    @app.get("/v1/pods")
+    async def pods(self) -> dict[str, Any]:
+        """What the index knows of every pod."""
+        answer: dict[str, Any] = await self._block_index.describe.remote()
+        return {"model": self._model, **answer}
+
+    @app.get("/health")
+    async def health(self) -> dict[str, str]:
+        return {"status": "ok"}
+
+
+def _refusal(error: Exception) -> JSONResponse:
+    """An error of a stage, wherever it ran, as an answer."""
+    cause = error.cause if isinstance(error, RayTaskError) else error
+    match cause:
+        case PromptError():
+            return _error(400, cause.reason, str(cause))
+        case IndexUnavailable():
+            return _error(503, "index_unavailable", str(cause))
+        case _:
+            raise error
+
+
+def _error(status: int, code: str, message: str) -> JSONResponse:
+    """OpenAI's error shape."""
+    return JSONResponse({"error": {"message": message, "type": "invalid_request_error", "code": code}}, status)

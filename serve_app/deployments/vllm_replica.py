@@ -1,0 +1,153 @@
+"""A vLLM replica of Ray Serve LLM that publishes the blocks it holds.
+
+It turns vLLM's KV events on, on Unix sockets of its own (no port can be taken, replicas of one node never meet), and
+runs the publisher beside the engine: a process that gets its settings and the engine's load through a pipe, and that
+takes the replica out of the index when the pipe ends, however this process came to its end.
+"""
+
+import asyncio
+import logging
+import shutil
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import ray
+from ray import serve
+from ray.serve.llm import LLMConfig
+from ray.serve.llm.deployment import LLMServer
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+from vllm.entrypoints.chat_utils import load_chat_template
+
+from serve_app.config import RouterSettings
+from serve_app.deployments.embedded_redis import resolve_redis_url
+from serve_app.errors import ConfigError
+from serve_app.events.publisher import PublisherConfig
+
+logger = logging.getLogger("ray.serve")
+
+REPLICA_HEADER = "x-kvcache-replica"
+LOAD_POLL_S = 0.02
+RESTART_S = 1.0
+
+
+class VLLMReplica(LLMServer):
+    """`server_cls` of an LLMConfig whose request router is KVCacheAwareRouter; both read the same settings."""
+
+    async def __init__(self, llm_config: LLMConfig, **kwargs: Any) -> None:
+        self._settings = router_settings(llm_config)
+        self._pod = serve.get_replica_context().replica_id.unique_id
+        self._sockets = Path(tempfile.mkdtemp(prefix="kvcache-"))
+        self._supervisor: asyncio.Task[None] | None = None
+        llm_config.update_engine_kwargs(
+            kv_events_config={
+                "enable_kv_cache_events": True,
+                "publisher": "zmq",
+                "endpoint": f"ipc://{self._sockets}/events",
+                "replay_endpoint": f"ipc://{self._sockets}/replay",
+            }
+        )
+        # The engine's own figure of what was cached, in every answer's usage.
+        llm_config.get_engine_config().frontend_kwargs.setdefault("enable_prompt_tokens_details", True)
+        await super().__init__(llm_config, **kwargs)
+
+    async def start(self) -> None:
+        await super().start()
+        self._supervisor = asyncio.create_task(self._run_publisher())
+
+    async def __serve_build_asgi_app__(self) -> Any:
+        app = await super().__serve_build_asgi_app__()
+        app.middleware_stack = None  # vLLM has built it already; Starlette builds it again with ours
+        app.add_middleware(_ReplicaHeader, name=self._pod)
+        return app
+
+    def _publisher_config(self) -> PublisherConfig:
+        engine_config = self._llm_config.get_engine_config()
+        frontend = engine_config.frontend_kwargs
+        vllm_config = self.engine._engine_client.vllm_config
+        return PublisherConfig(
+            redis_url=resolve_redis_url(self._settings.redis_url),
+            model=self._settings.model,
+            pod=self._pod,
+            endpoint=f"ipc://{self._sockets}/events",
+            replay_endpoint=f"ipc://{self._sockets}/replay",
+            block_size=vllm_config.cache_config.block_size,
+            tokenizer=vllm_config.model_config.tokenizer,
+            chat_template=load_chat_template(frontend.get("chat_template")),
+            content_format=frontend.get("chat_template_content_format", "auto"),
+            address=ray.util.get_node_ip_address(),
+        )
+
+    async def _run_publisher(self) -> None:
+        """Keep a publisher running as long as this replica lives."""
+        config = msgspec.json.encode(self._publisher_config())
+        try:
+            while True:
+                process = await asyncio.create_subprocess_exec(
+                    sys.executable, "-m", "serve_app.events", stdin=asyncio.subprocess.PIPE
+                )
+                assert process.stdin is not None
+                try:
+                    process.stdin.write(config + b"\n")
+                    await self._feed_load(process, process.stdin)
+                except (BrokenPipeError, ConnectionResetError):
+                    pass  # it has ended; below
+                finally:
+                    process.stdin.close()
+                logger.error("kvcache: the publisher ended with %s; starting it again", await process.wait())
+                await asyncio.sleep(RESTART_S)
+        finally:
+            shutil.rmtree(self._sockets, ignore_errors=True)
+
+    async def _feed_load(self, process: asyncio.subprocess.Process, pipe: asyncio.StreamWriter) -> None:
+        """Tell the publisher how many requests the engine has, whenever that changes."""
+        requests = self.engine._engine_client.output_processor
+        told = None
+        while process.returncode is None:
+            now = requests.get_num_unfinished_requests()
+            if now != told:
+                pipe.write(b"%d\n" % now)
+                await pipe.drain()
+                told = now
+            await asyncio.sleep(LOAD_POLL_S)
+
+    async def __del__(self) -> None:
+        if getattr(self, "_supervisor", None) is not None:
+            self._supervisor.cancel()
+        await super().__del__()
+
+
+def router_settings(llm_config: LLMConfig) -> RouterSettings:
+    """The settings of the deployment's KVCacheAwareRouter.
+
+    Raises:
+        ConfigError: there are none.
+    """
+    config = llm_config.deployment_config.get("request_router_config")
+    kwargs = config.get("request_router_kwargs") if isinstance(config, dict) else getattr(
+        config, "request_router_kwargs", None
+    )
+    if not kwargs:
+        raise ConfigError(
+            "VLLMReplica needs deployment_config.request_router_config.request_router_kwargs with at least "
+            "`model` and `redis_url` (see configs/serve-llm-drop-in.yaml)"
+        )
+    return RouterSettings(**kwargs)
+
+
+class _ReplicaHeader:
+    """ASGI middleware: every answer names the replica that gave it."""
+
+    def __init__(self, app: ASGIApp, name: str) -> None:
+        self._app = app
+        self._header = (REPLICA_HEADER.encode(), name.encode())
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        async def send_named(message: Message) -> None:
+            if message["type"] == "http.response.start":
+                message["headers"] = [*message.get("headers", ()), self._header]
+            await send(message)
+
+        await self._app(scope, receive, send_named if scope["type"] == "http" else send)

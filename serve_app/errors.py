@@ -1,0 +1,37 @@
+"""Every error this package raises on purpose.
+
+KVCacheError
+├── ConfigError           a setting is wrong; the message says which and what to write instead
+├── PromptError           a request body has no prompt that can be scored; `reason` is a metric label
+├── WireError             bytes from an engine that are not a KV event batch
+├── StoreError            Redis did not do what it was asked
+└── IndexUnavailable      the index has no data for this model (yet)
+"""
+
+
+class KVCacheError(Exception):
+    """Base of all errors below."""
+
+
+class ConfigError(KVCacheError, ValueError):
+    """A setting is wrong. Raised at start, never while serving."""
+
+
+class PromptError(KVCacheError):
+    """A request has no prompt that can be scored. The router falls back; the Score API answers 400."""
+
+    def __init__(self, reason: str, message: str) -> None:
+        super().__init__(message)
+        self.reason = reason
+
+
+class WireError(KVCacheError):
+    """Bytes from an engine that are not a KV event batch."""
+
+
+class IndexUnavailable(KVCacheError):
+    """The index has no data for this model yet: no replica has registered."""
+
+
+class StoreError(KVCacheError):
+    """Redis did not do what it was asked. What was being written may or may not be there: resync."""

@@ -1,0 +1,36 @@
+"""`python -m serve_app.events`: the publisher as a child of an engine's process.
+
+The first line of stdin is the PublisherConfig as JSON, every other line the engine's number of requests. The end of
+stdin means that the parent is gone, however it went: then the domain leaves Redis and the process ends.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import signal
+import sys
+import threading
+
+import msgspec
+
+from serve_app.events.publisher import Publisher, PublisherConfig
+
+
+def main() -> None:
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s kvcache-publisher %(levelname)s %(message)s")
+    stop = threading.Event()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, lambda *_: stop.set())
+    first_line = bytearray()
+    while not first_line.endswith(b"\n"):  # byte by byte and unbuffered: what follows belongs to the feed
+        byte = os.read(sys.stdin.fileno(), 1)
+        if not byte:
+            sys.exit("no configuration on stdin")
+        first_line += byte
+    config = msgspec.json.decode(bytes(first_line), type=PublisherConfig)
+    Publisher(config, feed=sys.stdin.fileno()).run(stop)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,232 @@
+"""One engine's publisher: KV events in, Redis state and log out, until it is told to stop.
+
+It is a process of its own next to the engine (`python -m serve_app.events`, or `kvcache publish` for an engine that
+Ray does not manage), so that it never takes time from the engine's event loop. It holds the authoritative set of the
+engine's blocks: whenever Redis may have missed something (an error, an expired record, FLUSHALL), or the engine began
+a new life, it joins again under a new epoch and publishes the whole set. One mechanism for every kind of doubt.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import time
+from collections import Counter
+from collections.abc import Iterable
+from typing import Protocol
+
+import msgspec
+import zmq
+
+from serve_app.errors import StoreError, WireError
+from serve_app.events.engine_blocks import Added, Change, Cleared, EngineBlocks, Removed
+from serve_app.events.source import EventSource, Received
+from serve_app.events.wire import BlockStored, decode_batch
+from serve_app.index.keyspace import HeartbeatRecord
+from serve_app.index.redis_writer import LEASE_TTL_S, RedisWriter
+from serve_app.types import CPU, Domain, DomainId, EngineSpec, Epoch, ModelId, PodId
+
+logger = logging.getLogger(__name__)
+
+HEARTBEAT_S = LEASE_TTL_S / 3
+LOAD_REPORT_S = 0.05  # at most one load report in this time, at least one per HEARTBEAT_S
+RETRY_S = 0.5
+_POLL_MS = 50
+_BATCHES_PER_FLUSH = 2000
+
+
+class PublisherConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """What a publisher is started with. `block_size` 0: take it from the engine's first event."""
+
+    redis_url: str
+    model: str
+    pod: str
+    endpoint: str
+    replay_endpoint: str | None = None
+    topic: str = ""
+    block_size: int = 0
+    tokenizer: str = ""  # path or Hugging Face id; empty: the model's name
+    chat_template: str | None = None
+    content_format: str = "auto"
+    address: str = ""
+    lease_ttl_s: float = LEASE_TTL_S
+
+
+class StopSignal(Protocol):
+    def is_set(self) -> bool: ...
+
+
+class Publisher:
+    """See the module. `run` returns when `stop` is set or the feed ends, after the domain has left Redis.
+
+    Args:
+        config: engine, Redis, and the names under which to publish.
+        feed: file descriptor from which lines come, each the number of requests that the engine now has; its end
+            means that the engine's process is gone. None: nobody tells.
+    """
+
+    def __init__(self, config: PublisherConfig, feed: int | None = None) -> None:
+        self._config = config
+        self._feed = feed
+        self._feed_rest = b""
+        self._source = EventSource(config.endpoint, config.replay_endpoint, config.topic)
+        self._writer = RedisWriter(config.redis_url, ModelId(config.model), lease_ttl_s=config.lease_ttl_s)
+        self._blocks = EngineBlocks(ModelId(config.model), config.block_size) if config.block_size else None
+        self._domain: Domain | None = None  # as it is in Redis; None: join (again)
+        self._last_epoch = 0
+        self._in_flight: int | None = None
+        self._reported_in_flight: int | None = None
+        self._reported_at_s = self._heartbeat_at_s = self._retry_at_s = 0.0
+        self._applied = self._lost = self._joins = 0
+        self._skipped: Counter[str] = Counter()
+        self._poller = zmq.Poller()
+        self._poller.register(self._source.socket, zmq.POLLIN)
+        if feed is not None:
+            os.set_blocking(feed, False)
+            self._poller.register(feed, zmq.POLLIN)
+
+    def run(self, stop: StopSignal) -> None:
+        try:
+            while not stop.is_set() and self._step():
+                pass
+        finally:
+            self._leave()
+            self._source.close()
+            self._writer.close()
+
+    def _step(self) -> bool:
+        """One turn of the loop. False: the feed has ended."""
+        ready = dict(self._poller.poll(_POLL_MS))
+        if self._feed in ready and not self._read_feed():
+            return False
+        received = self._source.read(_BATCHES_PER_FLUSH) if self._source.caught_up else self._source.catch_up()
+        self._take(received)
+        now = time.monotonic()
+        try:
+            if self._domain is None:
+                self._join(now)
+            else:
+                self._report_load(now)
+                self._writer.flush()
+                self._beat(now)
+        except StoreError as error:
+            if self._domain is not None:
+                logger.warning("redis: %s; publishing everything again when it answers", error)
+            self._domain = None
+            self._retry_at_s = time.monotonic() + RETRY_S
+        return True
+
+    def _take(self, batches: Iterable[Received]) -> None:
+        for received in batches:
+            if received.restarted:
+                logger.info("the engine has restarted: its old blocks are void")
+                if self._blocks is not None:
+                    self._blocks.clear()
+                self._domain = None
+            if received.lost:
+                self._lost += received.lost
+                logger.warning("%d event batches before %d are lost", received.lost, received.seq)
+            self._apply(received.payload)
+
+    def _apply(self, payload: bytes) -> None:
+        try:
+            batch = decode_batch(payload)
+        except WireError as error:
+            self._skipped["malformed_batch"] += 1
+            logger.warning("%s", error)
+            return
+        self._skipped.update(batch.skipped)
+        self._applied += len(batch.events)
+        if self._blocks is None:
+            size = next((e.block_size for e in batch.events if isinstance(e, BlockStored) and _is_gpu(e)), 0)
+            if not size:
+                return
+            self._blocks = EngineBlocks(ModelId(self._config.model), size)
+        changes = self._blocks.apply(batch.events)
+        if self._domain is not None:
+            self._publish(self._domain, changes)
+
+    def _publish(self, domain: Domain, changes: Iterable[Change]) -> None:
+        for change in changes:
+            match change:
+                case Added(tier, keys):
+                    self._writer.add(domain.id, domain.epoch, tier, keys)
+                case Removed(tier, keys):
+                    self._writer.remove(domain.id, domain.epoch, tier, keys)
+                case Cleared():
+                    self._writer.clear(domain.id, domain.epoch)
+
+    def _join(self, now_s: float) -> None:
+        """Publish the whole set under a new epoch."""
+        if self._blocks is None or not self._source.caught_up or now_s < self._retry_at_s:
+            return
+        config = self._config
+        self._last_epoch = max(time.time_ns() // 1_000_000, self._last_epoch + 1)
+        spec = EngineSpec(
+            ModelId(config.model),
+            self._blocks.block_size,
+            config.tokenizer or config.model,
+            config.chat_template,
+            config.content_format,
+        )
+        domain = Domain(DomainId(config.pod), Epoch(self._last_epoch), spec, PodId(config.pod), config.address)
+        self._writer.join(domain)
+        for tier, keys in self._blocks.snapshot().items():
+            self._writer.add(domain.id, domain.epoch, tier, keys)
+        self._writer.flush()
+        self._domain = domain
+        self._joins += 1
+        self._heartbeat_at_s = 0.0
+        self._beat(now_s)
+        logger.info("joined %s as %s with %d blocks", config.model, config.pod, len(self._blocks))
+
+    def _beat(self, now_s: float) -> None:
+        if self._domain is None or now_s < self._heartbeat_at_s:
+            return
+        self._heartbeat_at_s = now_s + HEARTBEAT_S
+        if not self._writer.heartbeat(self._domain.id, self._heartbeat_record(self._domain.epoch)):
+            logger.warning("redis has lost our record: publishing everything again")
+            self._domain = None
+
+    def _heartbeat_record(self, epoch: Epoch) -> HeartbeatRecord:
+        blocks = self._blocks
+        skipped = self._skipped + (blocks.skipped if blocks is not None else Counter())
+        return HeartbeatRecord(
+            epoch,
+            self._in_flight,
+            0 if blocks is None else len(blocks),
+            self._applied,
+            self._lost,
+            dict(skipped),
+            max(0, self._joins - 1),
+        )
+
+    def _report_load(self, now_s: float) -> None:
+        if self._domain is None or self._in_flight is None:
+            return
+        changed = self._in_flight != self._reported_in_flight
+        if now_s >= self._reported_at_s + (LOAD_REPORT_S if changed else HEARTBEAT_S):
+            self._reported_at_s = now_s
+            self._reported_in_flight = self._in_flight
+            self._writer.report_load(self._domain.id, self._domain.epoch, self._in_flight)
+
+    def _read_feed(self) -> bool:
+        assert self._feed is not None
+        data = os.read(self._feed, 65536)
+        *lines, self._feed_rest = (self._feed_rest + data).split(b"\n")
+        if lines:
+            self._in_flight = int(lines[-1])
+        return bool(data)
+
+    def _leave(self) -> None:
+        if self._domain is None:
+            return
+        try:
+            self._writer.leave(self._domain.id, self._domain.epoch)
+            self._writer.flush()
+        except StoreError as error:
+            logger.warning("redis: %s; the lease will end in %s s", error, self._config.lease_ttl_s)
+
+
+def _is_gpu(event: BlockStored) -> bool:
+    return event.medium is None or event.medium.lower() != CPU

@@ -1,0 +1,138 @@
+"""Bytes of one KV event batch -> typed events.
+
+Wire format (vLLM `distributed/kv_events.py`): a batch is msgpack `[ts, [event, ...], dp_rank]`. An event is a map
+tagged by `type` (vLLM >= 0.17) or, in older versions, an array whose first element is the tag. LMCache emits the
+same structs through vLLM. Unknown fields are ignored; an unknown or malformed event is skipped and counted, the
+other events of its batch are kept.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from typing import Any
+
+import msgspec
+
+from serve_app.errors import WireError
+from serve_app.types import EngineHash
+
+
+class BlockStored(msgspec.Struct, tag=True, gc=False, frozen=True):
+    """Blocks that the engine can now reuse. Block i covers `token_ids[i * block_size : (i + 1) * block_size]`."""
+
+    block_hashes: list[EngineHash]
+    parent_block_hash: EngineHash | None
+    token_ids: list[int]
+    block_size: int  # tokens per block hash; an LMCache chunk is larger than an engine block
+    lora_id: int | None = None
+    medium: str | None = None  # GPU, CPU, STORAGE; None in old versions means GPU
+    lora_name: str | None = None
+    extra_keys: list[tuple[Any, ...] | None] | None = None  # one per block: LoRA name, images, cache_salt
+    group_idx: int | None = None  # KV cache group of a hybrid model
+
+
+class BlockRemoved(msgspec.Struct, tag=True, gc=False, frozen=True):
+    """Blocks that were evicted. One event per physical block: a prefix held twice is removed twice."""
+
+    block_hashes: list[EngineHash]
+    medium: str | None = None
+    group_idx: int | None = None
+
+
+class AllBlocksCleared(msgspec.Struct, tag=True, gc=False, frozen=True):
+    """The engine forgot everything (`/reset_prefix_cache`, sleep)."""
+
+
+Event = BlockStored | BlockRemoved | AllBlocksCleared
+
+
+# The same events as arrays: fields in the order of the struct, later fields may be missing. vLLM's order of the
+# first fields has never changed.
+class _StoredArray(msgspec.Struct, tag="BlockStored", array_like=True, gc=False):
+    block_hashes: list[EngineHash]
+    parent_block_hash: EngineHash | None
+    token_ids: list[int]
+    block_size: int
+    lora_id: int | None = None
+    medium: str | None = None
+    lora_name: str | None = None
+    extra_keys: list[tuple[Any, ...] | None] | None = None
+    group_idx: int | None = None
+
+
+class _RemovedArray(msgspec.Struct, tag="BlockRemoved", array_like=True, gc=False):
+    block_hashes: list[EngineHash]
+    medium: str | None = None
+    group_idx: int | None = None
+
+
+class _ClearedArray(msgspec.Struct, tag="AllBlocksCleared", array_like=True, gc=False):
+    pass
+
+
+class _Batch(msgspec.Struct, array_like=True, gc=False):
+    ts: float
+    events: list[msgspec.Raw]
+    data_parallel_rank: int | None = None
+
+
+_batch_decoder = msgspec.msgpack.Decoder(_Batch)
+_map_decoder = msgspec.msgpack.Decoder(Event)
+_array_decoder = msgspec.msgpack.Decoder(_StoredArray | _RemovedArray | _ClearedArray)
+
+
+class Batch(msgspec.Struct, gc=False, frozen=True):
+    """One decoded batch. `skipped` counts events left out, by reason."""
+
+    ts: float  # seconds since 1970, engine's clock
+    events: list[Event]
+    skipped: Counter[str]
+
+
+def decode_batch(payload: bytes) -> Batch:
+    """Decode one batch.
+
+    Raises:
+        WireError: the payload is not a batch at all. (A batch with events that are not understood is no error.)
+    """
+    try:
+        batch = _batch_decoder.decode(payload)
+    except msgspec.DecodeError as error:
+        raise WireError(f"not a KV event batch: {error}") from error
+    events: list[Event] = []
+    skipped: Counter[str] = Counter()
+    for raw in batch.events:
+        try:
+            events.append(_decode_event(raw))
+        except msgspec.ValidationError:
+            skipped[_why_skipped(raw)] += 1
+        except msgspec.DecodeError:
+            skipped["malformed"] += 1
+    return Batch(batch.ts, events, skipped)
+
+
+def _decode_event(raw: msgspec.Raw) -> Event:
+    if not _is_array(raw):
+        event: Event = _map_decoder.decode(raw)
+        return event
+    match _array_decoder.decode(raw):
+        case _StoredArray() as stored:
+            return BlockStored(*(getattr(stored, name) for name in BlockStored.__struct_fields__))
+        case _RemovedArray() as removed:
+            return BlockRemoved(removed.block_hashes, removed.medium, removed.group_idx)
+        case _:
+            return AllBlocksCleared()
+
+
+def _is_array(raw: msgspec.Raw) -> bool:
+    """msgpack: fixarray 0x90-0x9f, array16 0xdc, array32 0xdd."""
+    first = memoryview(raw)[0]
+    return 0x90 <= first <= 0x9F or first in (0xDC, 0xDD)
+
+
+def _why_skipped(raw: msgspec.Raw) -> str:
+    match msgspec.msgpack.decode(raw):
+        case {"type": str(tag)} | [str(tag), *_]:
+            return "malformed" if tag in ("BlockStored", "BlockRemoved", "AllBlocksCleared") else "unknown_type"
+        case _:
+            return "malformed"

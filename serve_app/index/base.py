@@ -1,0 +1,44 @@
+"""What an index is, whatever holds it. `tests/contract/` runs one behaviour suite over every implementation."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Protocol
+
+from serve_app.types import BlockKey, Domain, DomainId, Epoch, PodId, PodMatch, Tier
+
+
+class IndexReader(Protocol):
+    """Answers which pod holds how much of a prompt."""
+
+    def match(
+        self, keys: Sequence[BlockKey], pods: Iterable[PodId] | None = None, *, count_hits: bool = False
+    ) -> Mapping[PodId, PodMatch]:
+        """The match of every live pod (or of the given ones), also of those that hold nothing.
+
+        Args:
+            keys: canonical keys of the prompt's full blocks, in order.
+            pods: pods to answer for; None means all that are live. An unknown pod matches nothing.
+            count_hits: also count blocks that are held beyond the first gap (`PodMatch.hit_blocks`); costs a pass.
+        """
+        ...
+
+
+class IndexWriter(Protocol):
+    """Takes the changes of domains. Changes of an epoch that is not the domain's current one are ignored."""
+
+    def join(self, domain: Domain) -> None:
+        """Register a domain, empty. A domain that was there with another epoch loses its blocks."""
+        ...
+
+    def add(self, domain: DomainId, epoch: Epoch, tier: Tier, keys: Sequence[BlockKey]) -> None: ...
+
+    def remove(self, domain: DomainId, epoch: Epoch, tier: Tier, keys: Sequence[BlockKey]) -> None: ...
+
+    def clear(self, domain: DomainId, epoch: Epoch) -> None:
+        """The domain holds nothing any more, but lives on."""
+        ...
+
+    def leave(self, domain: DomainId, epoch: Epoch) -> None:
+        """The domain is gone, with its blocks."""
+        ...

@@ -1,0 +1,102 @@
+"""Every Redis key name, and every record that is stored under one. No other module builds a key name.
+
+    kv:{m}:domains                          hash    domain id -> DomainRecord
+    kv:{m}:lease:<domain>                   string  HeartbeatRecord, with expiry; gone = the domain is dead
+    kv:{m}:blocks:<domain>:<epoch>:<tier>   set     8-byte block keys: the state that a new follower loads
+    kv:{m}:log                              stream  one LogRecord per entry, under the field `r`
+
+`{m}` is a hash tag: all keys of a model are in one slot of a Redis Cluster, so transactions work there.
+Records are msgpack arrays; fields are only ever added at the end, with defaults.
+"""
+
+from __future__ import annotations
+
+import msgspec
+
+from serve_app.types import Domain, DomainId, EngineSpec, Epoch, ModelId, PodId, Tier
+
+LOG_FIELD = b"r"
+
+
+class DomainRecord(msgspec.Struct, array_like=True, frozen=True):
+    epoch: int
+    pod: str | None
+    address: str
+    model: str
+    block_size: int
+    tokenizer: str
+    chat_template: str | None = None
+    content_format: str = "auto"
+    tiers: tuple[str, ...] = ()  # tiers that may have a blocks set in this epoch
+
+    @classmethod
+    def of(cls, domain: Domain, tiers: tuple[str, ...] = ()) -> DomainRecord:
+        spec = domain.spec
+        return cls(
+            domain.epoch,
+            domain.pod,
+            domain.address,
+            spec.model,
+            spec.block_size,
+            spec.tokenizer,
+            spec.chat_template,
+            spec.content_format,
+            tiers,
+        )
+
+    def domain(self, domain_id: DomainId) -> Domain:
+        return Domain(
+            id=domain_id,
+            epoch=Epoch(self.epoch),
+            spec=EngineSpec(
+                ModelId(self.model), self.block_size, self.tokenizer, self.chat_template, self.content_format
+            ),
+            pod=None if self.pod is None else PodId(self.pod),
+            address=self.address,
+        )
+
+
+class HeartbeatRecord(msgspec.Struct, array_like=True, frozen=True):
+    """What a publisher says with every renewal of its lease. Counters are since the publisher's start."""
+
+    epoch: int
+    in_flight: int | None = None  # requests in the engine; None: the publisher does not know
+    blocks: int = 0  # blocks held now, all tiers
+    events_applied: int = 0
+    events_lost: int = 0  # batches that the engine sent and that could not be had again
+    events_skipped: dict[str, int] = {}
+    resyncs: int = 0
+
+
+class LogRecord(msgspec.Struct, array_like=True, frozen=True):
+    """One change. `op` is join | add | remove | clear | leave | load."""
+
+    op: str
+    domain: str
+    epoch: int
+    seq: int = 0  # per domain and epoch, no gaps, 1 is the join; 0 for `load`, which is no state
+    tier: str = ""
+    keys: bytes = b""  # packed block keys
+    record: DomainRecord | None = None  # with `join`
+    in_flight: int = 0  # with `load`
+
+
+class Keyspace:
+    """Key names of one model."""
+
+    def __init__(self, model: ModelId) -> None:
+        self._prefix = f"kv:{{{model}}}"
+        self.domains = f"{self._prefix}:domains"
+        self.log = f"{self._prefix}:log"
+
+    def lease(self, domain: DomainId) -> str:
+        return f"{self._prefix}:lease:{domain}"
+
+    def blocks(self, domain: DomainId, epoch: Epoch, tier: Tier) -> str:
+        return f"{self._prefix}:blocks:{domain}:{epoch}:{tier}"
+
+
+encode = msgspec.msgpack.encode
+decode_domain = msgspec.msgpack.Decoder(DomainRecord).decode
+decode_heartbeat = msgspec.msgpack.Decoder(HeartbeatRecord).decode
+decode_log = msgspec.msgpack.Decoder(LogRecord).decode

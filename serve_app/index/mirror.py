@@ -1,0 +1,350 @@
+"""Keep a MemoryIndex equal to what the publishers wrote to Redis.
+
+In: a Redis URL and a model. Out: an IndexReader that never waits for Redis.
+
+A follower notes the log's last id, loads the sets, then follows the log from that id. Changes that were made between
+the two are applied twice, which does no harm: they are set operations, in order. A thread does all of it, so that the
+event loop of a router is never blocked; it gives up the GIL between batches.
+
+What makes it load again: an entry is missing (the log was trimmed under us), or the log went backwards (Redis lost
+its data). While it loads, and while Redis is away, readers go on with the index as it was; `stale_for_s` says so.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import redis
+
+from serve_app.blocks import split_keys
+from serve_app.index.connection import connect, redact
+from serve_app.index.keyspace import (
+    LOG_FIELD,
+    HeartbeatRecord,
+    Keyspace,
+    LogRecord,
+    decode_domain,
+    decode_heartbeat,
+    decode_log,
+    encode,
+)
+from serve_app.index.memory import DEFAULT_MAX_BLOCKS, MemoryIndex
+from serve_app.types import (
+    GPU,
+    BlockKey,
+    Domain,
+    DomainId,
+    EngineSpec,
+    Epoch,
+    ModelId,
+    PodId,
+    PodLoad,
+    PodMatch,
+    Tier,
+)
+
+logger = logging.getLogger(__name__)
+
+CHECK_PERIOD_S = 1.0  # leases, and whether the log still has what we need
+READ_BLOCK_MS = 200
+READ_COUNT = 1000  # entries per XREAD
+SCAN_COUNT = 10_000  # keys per SSCAN
+BURY_AFTER_S = 60.0  # a domain without a lease for so long is dropped from Redis
+RETRY_S = 0.5
+
+
+class _LogGapError(Exception):
+    """The log no longer has the entry after the one we applied last."""
+
+
+class Mirror:
+    """IndexReader that follows Redis. `start` it once; `close` it at the end.
+
+    Args:
+        url: Redis URL.
+        model: whose blocks to follow.
+        max_blocks: cap of the index in memory (see MemoryIndex).
+        tier_order: tiers from fastest to slowest.
+        bury: also delete from Redis what domains left that died without saying so. Any number of mirrors may.
+    """
+
+    def __init__(
+        self,
+        url: str,
+        model: ModelId,
+        *,
+        max_blocks: int = DEFAULT_MAX_BLOCKS,
+        tier_order: Sequence[Tier] = (GPU,),
+        bury: bool = False,
+    ) -> None:
+        self._url = url
+        self._redis = connect(url, name="kvcache-mirror")
+        self._keys = Keyspace(model)
+        self._max_blocks = max_blocks
+        self._tier_order = tuple(tier_order)
+        self._index = self._new_index()
+        self._bury = bury
+        self._position: str | None = None  # id of the last log entry applied; None: nothing is loaded
+        self._seq: dict[DomainId, int] = {}
+        self._lease_lost_at_s: dict[DomainId, float] = {}
+        self._loads: dict[PodId, PodLoad] = {}
+        self._heartbeats: dict[DomainId, HeartbeatRecord] = {}
+        self._fresh_at_s: float | None = None  # monotonic; None: never loaded
+        self._lag_s = 0.0
+        self._check_at_s = 0.0
+        self.counters: Counter[str] = Counter()  # entries applied by op, reloads, gaps, errors
+        self._ready = threading.Event()
+        self._stop = threading.Event()
+        self._thread = threading.Thread(target=self._run, name=f"kvcache-mirror-{model}", daemon=True)
+
+    # -- life -----------------------------------------------------------------------------------------------------
+
+    def start(self) -> None:
+        if not self._thread.is_alive() and not self._stop.is_set():
+            self._thread.start()
+
+    def wait_ready(self, timeout_s: float) -> bool:
+        """Whether the index was loaded within the time."""
+        return self._ready.wait(timeout_s)
+
+    def close(self) -> None:
+        self._stop.set()
+        if self._thread.is_alive():
+            self._thread.join(timeout=READ_BLOCK_MS / 1000 + RETRY_S + 1)
+        self._redis.close()
+
+    # -- reader ---------------------------------------------------------------------------------------------------
+
+    def match(
+        self, keys: Sequence[BlockKey], pods: Iterable[PodId] | None = None, *, count_hits: bool = False
+    ) -> Mapping[PodId, PodMatch]:
+        return self._index.match(keys, pods, count_hits=count_hits)
+
+    def pods(self) -> list[PodId]:
+        return self._index.pods()
+
+    def domains(self) -> list[tuple[Domain, bool, HeartbeatRecord | None]]:
+        """Every known domain: its record, whether it is live, its last heartbeat."""
+        index = self._index
+        return [(d, index.is_live(d.id), self._heartbeats.get(d.id)) for d in index.domains()]
+
+    def spec(self) -> EngineSpec | None:
+        """What the live engines of the model agree on; None while there is none."""
+        for domain in self._index.domains():
+            if domain.pod is not None and self._index.is_live(domain.id):
+                return domain.spec
+        return None
+
+    def load(self, pod: PodId) -> PodLoad | None:
+        return self._loads.get(pod)
+
+    def block_counts(self) -> Mapping[Tier, int]:
+        return self._index.block_counts()
+
+    @property
+    def evicted_blocks(self) -> int:
+        return self._index.evicted_blocks
+
+    @property
+    def lag_s(self) -> float:
+        """Age of the newest applied log entry when it was applied, by Redis' clock and ours."""
+        return self._lag_s
+
+    def stale_for_s(self) -> float:
+        """Seconds since Redis last answered; infinite before the first load."""
+        return float("inf") if self._fresh_at_s is None else time.monotonic() - self._fresh_at_s
+
+    # -- thread ---------------------------------------------------------------------------------------------------
+
+    def _run(self) -> None:
+        failing = False
+        while not self._stop.is_set():
+            try:
+                if self._position is None:
+                    self._load()
+                self._check()
+                self._follow()
+                if failing:
+                    logger.info("redis %s answers again", redact(self._url))
+                failing = False
+            except _LogGapError as gap:
+                logger.warning("index of %s is loaded again: %s", self._keys.log, gap)
+                self.counters["gaps"] += 1
+                self._position = None
+            except (redis.RedisError, OSError) as error:
+                if not failing:
+                    logger.warning("redis %s: %s; going on with the index as it is", redact(self._url), error)
+                failing = True
+                self.counters["errors"] += 1
+                self._stop.wait(RETRY_S)
+            except Exception:
+                logger.exception("mirror of %s: loading again", self._keys.log)
+                self.counters["errors"] += 1
+                self._position = None
+                self._stop.wait(RETRY_S)
+
+    def _new_index(self) -> MemoryIndex:
+        return MemoryIndex(self._max_blocks, self._tier_order)
+
+    def _load(self) -> None:
+        """Build a new index from the sets and put it in the place of the old one."""
+        last: Any = self._redis.xrevrange(self._keys.log, count=1)
+        position = last[0][0].decode() if last else "0-0"
+        index = self._new_index()
+        records: Any = self._redis.hgetall(self._keys.domains)
+        for raw_id, raw in records.items():
+            record = decode_domain(raw)
+            domain = record.domain(DomainId(raw_id.decode()))
+            index.join(domain)
+            for tier in record.tiers:
+                for keys in self._scan(self._keys.blocks(domain.id, domain.epoch, Tier(tier))):
+                    index.add(domain.id, domain.epoch, Tier(tier), keys)
+        self._seq = {}
+        self._check_leases(index)
+        self._index = index
+        self._position = position
+        self._fresh_at_s = time.monotonic()
+        self.counters["loads"] += 1
+        self._ready.set()
+
+    def _scan(self, name: str) -> Iterable[list[BlockKey]]:
+        cursor = -1
+        while cursor:
+            answer: Any = self._redis.sscan(name, max(cursor, 0), count=SCAN_COUNT)
+            cursor, keys = answer
+            yield keys
+
+    def _follow(self) -> None:
+        answer: Any = self._redis.xread({self._keys.log: self._position or "0-0"}, READ_COUNT, READ_BLOCK_MS)
+        self._fresh_at_s = time.monotonic()
+        entries = _entries(answer)
+        for entry_id, fields in entries:
+            self._apply(decode_log(fields[LOG_FIELD]))
+            self._position = entry_id.decode()
+        if entries:
+            self._lag_s = max(0.0, time.time() - int(entries[-1][0].split(b"-")[0]) / 1000)
+        if not entries or len(entries) < READ_COUNT:
+            self._index.sweep()
+
+    def _apply(self, record: LogRecord) -> None:
+        domain, epoch, index = DomainId(record.domain), Epoch(record.epoch), self._index
+        self.counters[record.op] += 1
+        if record.seq:
+            self._expect(domain, record)
+        match record.op:
+            case "add":
+                index.add(domain, epoch, Tier(record.tier), split_keys(record.keys))
+            case "remove":
+                index.remove(domain, epoch, Tier(record.tier), split_keys(record.keys))
+            case "clear":
+                index.clear(domain, epoch)
+            case "join" if record.record is not None:
+                index.join(record.record.domain(domain))
+                self._lease_lost_at_s.pop(domain, None)
+            case "leave":
+                index.leave(domain, epoch)
+                self._forget(domain)
+            case "load":
+                self._note_load(domain, record.in_flight)
+            case _:
+                self.counters["unknown_op"] += 1
+
+    def _expect(self, domain: DomainId, record: LogRecord) -> None:
+        """Entries of a domain are numbered without gaps; the first one after a load is taken as it is."""
+        last = self._seq.get(domain)
+        self._seq[domain] = record.seq
+        if record.op != "join" and last is not None and record.seq > last + 1:
+            raise _LogGapError(f"{domain}: entry {last + 1} to {record.seq - 1} are missing")
+
+    def _check(self) -> None:
+        """Once per period: leases, and whether the log still has what we have not read."""
+        now = time.monotonic()
+        if now < self._check_at_s:
+            return
+        self._check_at_s = now + CHECK_PERIOD_S
+        self._check_leases(self._index)
+        self._check_log()
+        if self._bury:
+            self._bury_dead(now)
+
+    def _check_leases(self, index: MemoryIndex) -> None:
+        domains = index.domains()
+        if not domains:
+            return
+        leases: Any = self._redis.mget([self._keys.lease(domain.id) for domain in domains])
+        for domain, lease in zip(domains, leases, strict=True):
+            if lease is None:
+                self._lease_lost_at_s.setdefault(domain.id, time.monotonic())
+                index.set_live(domain.id, False)
+                continue
+            self._lease_lost_at_s.pop(domain.id, None)
+            heartbeat = self._heartbeats[domain.id] = decode_heartbeat(lease)
+            index.set_live(domain.id, heartbeat.epoch == domain.epoch)
+            if heartbeat.in_flight is not None and domain.pod not in self._loads:
+                self._note_load(domain.id, heartbeat.in_flight)
+
+    def _check_log(self) -> None:
+        if not self._redis.exists(self._keys.log):
+            if self._index.domains():
+                raise _LogGapError("the log is gone")
+            return
+        info: Any = self._redis.xinfo_stream(self._keys.log)
+        position = _id(self._position or "0-0")
+        if _id(info["last-generated-id"]) < position:
+            raise _LogGapError("the log went backwards")
+        first = info.get("first-entry")
+        trimmed = info["entries-added"] > info["length"]
+        if first and trimmed and position < _id(first[0]):
+            raise _LogGapError("the log was trimmed past what was read")
+
+    def _bury_dead(self, now_s: float) -> None:
+        """Delete what is left of domains that died without a word: only if the lease is still gone."""
+        for domain in self._index.domains():
+            lost_at_s = self._lease_lost_at_s.get(domain.id)
+            if lost_at_s is None or now_s - lost_at_s < BURY_AFTER_S:
+                continue
+            lease = self._keys.lease(domain.id)
+            with self._redis.pipeline(transaction=True) as pipeline:
+                pipeline.watch(lease)  # type: ignore[no-untyped-call]
+                if pipeline.exists(lease):
+                    continue
+                stored: Any = pipeline.hget(self._keys.domains, domain.id)
+                pipeline.multi()
+                if stored is not None:
+                    record = decode_domain(stored)
+                    for tier in record.tiers:
+                        pipeline.unlink(self._keys.blocks(domain.id, Epoch(record.epoch), Tier(tier)))
+                    pipeline.hdel(self._keys.domains, domain.id)
+                pipeline.xadd(self._keys.log, {LOG_FIELD: encode(LogRecord("leave", domain.id, domain.epoch))})
+                pipeline.execute()
+
+    def _note_load(self, domain_id: DomainId, in_flight: int) -> None:
+        domain = self._index.domain(domain_id)
+        if domain is not None and domain.pod is not None:
+            self._loads[domain.pod] = PodLoad(in_flight, time.monotonic())
+
+    def _forget(self, domain: DomainId) -> None:
+        self._heartbeats.pop(domain, None)
+        self._lease_lost_at_s.pop(domain, None)
+        self._seq.pop(domain, None)
+
+
+def _entries(answer: Any) -> list[tuple[bytes, dict[bytes, bytes]]]:
+    """Entries of the one stream that was read: RESP2 answers with a list of pairs, RESP3 with a map."""
+    if not answer:
+        return []
+    if isinstance(answer, dict):
+        (streams,) = answer.values()
+        return [entry for some in streams for entry in some]
+    return list(answer[0][1])
+
+
+def _id(raw: bytes | str) -> tuple[int, int]:
+    text = raw.decode() if isinstance(raw, bytes) else raw
+    ms, _, n = text.partition("-")
+    return int(ms), int(n or 0)

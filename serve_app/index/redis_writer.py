@@ -1,0 +1,205 @@
+"""Publish the changes of domains to Redis: state (sets, domain record, lease) and log entry in one transaction.
+
+Calls are buffered; `flush` sends them all in one MULTI, consecutive changes of one kind merged. When `flush` fails it
+is not known what arrived: the caller joins again under a new epoch, and everything older is void.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import redis
+
+from serve_app.errors import StoreError
+from serve_app.index.connection import connect
+from serve_app.index.keyspace import (
+    LOG_FIELD,
+    DomainRecord,
+    HeartbeatRecord,
+    Keyspace,
+    LogRecord,
+    decode_domain,
+    encode,
+)
+from serve_app.types import BlockKey, Domain, DomainId, Epoch, ModelId, Tier
+
+LEASE_TTL_S = 3.0  # a dead domain is out of every mirror within this and one check of the mirror
+STATE_TTL_S = 600  # block sets that nobody renews go away by themselves
+LOG_MAX_ENTRIES = 20_000
+_KEYS_PER_COMMAND = 10_000
+
+
+@dataclass(slots=True)
+class _Published:
+    """What this writer has put into Redis for one domain."""
+
+    domain: Domain
+    tiers: set[Tier] = field(default_factory=set)
+    seq: int = 0
+
+
+class RedisWriter:
+    """IndexWriter that ends in Redis. Not thread-safe: one per publisher.
+
+    Args:
+        url: Redis URL.
+        model: names the key space.
+        lease_ttl_s: how long a domain outlives its last heartbeat.
+    """
+
+    def __init__(self, url: str, model: ModelId, *, lease_ttl_s: float = LEASE_TTL_S) -> None:
+        self._redis = connect(url, name="kvcache-publisher")
+        self._keys = Keyspace(model)
+        self._lease_ttl_ms = int(lease_ttl_s * 1000)
+        self._published: dict[DomainId, _Published] = {}
+        self._pipeline = self._redis.pipeline(transaction=True)
+        self._run: tuple[str, DomainId, Tier] | None = None  # kind of change in `_run_keys`
+        self._run_keys: list[BlockKey] = []
+
+    # -- IndexWriter, buffered ------------------------------------------------------------------------------------
+
+    def join(self, domain: Domain) -> None:
+        """Register a domain under its (new) epoch and drop what an earlier epoch left."""
+        self._end_run()
+        self._drop_state(domain.id)
+        published = self._published[domain.id] = _Published(domain)
+        self._pipeline.hset(self._keys.domains, domain.id, encode(DomainRecord.of(domain)))
+        self._log(published, "join", record=DomainRecord.of(domain))
+
+    def add(self, domain: DomainId, epoch: Epoch, tier: Tier, keys: Sequence[BlockKey]) -> None:
+        self._change("add", domain, epoch, tier, keys)
+
+    def remove(self, domain: DomainId, epoch: Epoch, tier: Tier, keys: Sequence[BlockKey]) -> None:
+        self._change("remove", domain, epoch, tier, keys)
+
+    def clear(self, domain: DomainId, epoch: Epoch) -> None:
+        published = self._current(domain, epoch)
+        if published is None:
+            return
+        self._end_run()
+        self._unlink(published)
+        self._log(published, "clear")
+
+    def leave(self, domain: DomainId, epoch: Epoch) -> None:
+        published = self._current(domain, epoch)
+        if published is None:
+            return
+        self._end_run()
+        self._unlink(published)
+        self._pipeline.hdel(self._keys.domains, domain)
+        self._pipeline.delete(self._keys.lease(domain))
+        self._log(published, "leave")
+        del self._published[domain]
+
+    def flush(self) -> None:
+        """Send what is buffered, as one transaction.
+
+        Raises:
+            StoreError: it may or may not have been applied. The buffer is empty afterwards in any case.
+        """
+        self._end_run()
+        if not len(self._pipeline):
+            return
+        try:
+            self._pipeline.execute()
+        except (redis.RedisError, OSError) as error:
+            raise StoreError(str(error)) from error
+        finally:
+            self._pipeline.reset()
+
+    # -- lease and load -------------------------------------------------------------------------------------------
+
+    def heartbeat(self, domain: DomainId, record: HeartbeatRecord) -> bool:
+        """Renew the lease. False: Redis no longer has this domain under this epoch; join again.
+
+        Raises:
+            StoreError: Redis did not answer.
+        """
+        published = self._published.get(domain)
+        if published is None:
+            return False
+        try:
+            pipeline = self._redis.pipeline(transaction=True)
+            pipeline.set(self._keys.lease(domain), encode(record), px=self._lease_ttl_ms)
+            pipeline.hget(self._keys.domains, domain)
+            for tier in published.tiers:
+                pipeline.expire(self._keys.blocks(domain, published.domain.epoch, tier), STATE_TTL_S)
+            _, stored, *_ = pipeline.execute()
+        except (redis.RedisError, OSError) as error:
+            raise StoreError(str(error)) from error
+        return stored is not None and decode_domain(stored).epoch == published.domain.epoch
+
+    def report_load(self, domain: DomainId, epoch: Epoch, in_flight: int) -> None:
+        """Tell the routers at once how many requests the engine has (buffered, as the changes are)."""
+        if self._current(domain, epoch) is not None:
+            self._append(LogRecord("load", domain, epoch, in_flight=in_flight))
+
+    def close(self) -> None:
+        self._redis.close()
+
+    # -- inside ---------------------------------------------------------------------------------------------------
+
+    def _current(self, domain: DomainId, epoch: Epoch) -> _Published | None:
+        published = self._published.get(domain)
+        return published if published is not None and published.domain.epoch == epoch else None
+
+    def _change(self, op: str, domain: DomainId, epoch: Epoch, tier: Tier, keys: Sequence[BlockKey]) -> None:
+        if self._current(domain, epoch) is None:
+            return
+        if self._run != (op, domain, tier):
+            self._end_run()
+            self._run = (op, domain, tier)
+        self._run_keys.extend(keys)
+
+    def _end_run(self) -> None:
+        """Turn the merged run of changes into commands."""
+        run, keys = self._run, self._run_keys
+        self._run, self._run_keys = None, []
+        if run is None or not keys:
+            return
+        op, domain_id, tier = run
+        published = self._published[domain_id]
+        name = self._keys.blocks(domain_id, published.domain.epoch, tier)
+        if tier not in published.tiers:  # a follower finds the sets to load by the record
+            published.tiers.add(tier)
+            record = DomainRecord.of(published.domain, tuple(sorted(published.tiers)))
+            self._pipeline.hset(self._keys.domains, domain_id, encode(record))
+        for start in range(0, len(keys), _KEYS_PER_COMMAND):
+            some = keys[start : start + _KEYS_PER_COMMAND]
+            (self._pipeline.sadd if op == "add" else self._pipeline.srem)(name, *some)
+            self._log(published, op, tier=tier, keys=b"".join(some))
+
+    def _log(
+        self,
+        published: _Published,
+        op: str,
+        *,
+        tier: str = "",
+        keys: bytes = b"",
+        record: DomainRecord | None = None,
+    ) -> None:
+        published.seq += 1
+        domain = published.domain
+        self._append(LogRecord(op, domain.id, domain.epoch, published.seq, tier, keys, record))
+
+    def _append(self, record: LogRecord) -> None:
+        self._pipeline.xadd(self._keys.log, {LOG_FIELD: encode(record)}, maxlen=LOG_MAX_ENTRIES, approximate=True)
+
+    def _unlink(self, published: _Published) -> None:
+        domain = published.domain
+        if published.tiers:
+            self._pipeline.unlink(*(self._keys.blocks(domain.id, domain.epoch, t) for t in sorted(published.tiers)))
+
+    def _drop_state(self, domain_id: DomainId) -> None:
+        """Unlink the sets of the domain's earlier epoch, whoever wrote them."""
+        try:
+            stored: Any = self._redis.hget(self._keys.domains, domain_id)
+        except (redis.RedisError, OSError) as error:
+            raise StoreError(str(error)) from error
+        if stored is not None:
+            old = decode_domain(stored)
+            names = [self._keys.blocks(domain_id, Epoch(old.epoch), Tier(tier)) for tier in old.tiers]
+            if names:
+                self._pipeline.unlink(*names)

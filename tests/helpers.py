@@ -1,0 +1,28 @@
+"""Small things that many tests need."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+
+from serve_app.types import BlockKey, Domain, DomainId, EngineSpec, Epoch, ModelId, PodId
+
+MODEL = ModelId("test-model")
+SPEC = EngineSpec(MODEL, block_size=4, tokenizer="none")
+
+
+def keys(*numbers: int) -> list[BlockKey]:
+    """Distinct 8-byte keys that are easy to tell apart."""
+    return [BlockKey(number.to_bytes(8, "big")) for number in numbers]
+
+
+def pod(name: str, epoch: int = 1) -> Domain:
+    return Domain(DomainId(name), Epoch(epoch), SPEC, PodId(name))
+
+
+def eventually(check: Callable[[], object], timeout_s: float = 5.0) -> None:
+    """Wait until `check` is true; then, or at the end, assert it."""
+    deadline = time.monotonic() + timeout_s
+    while not check() and time.monotonic() < deadline:
+        time.sleep(0.01)
+    assert check(), f"not true within {timeout_s} s"
