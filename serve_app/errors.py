@@ -21,8 +21,12 @@ class PromptError(KVCacheError):
     """A request has no prompt that can be scored. The router falls back; the Score API answers 400."""
 
     def __init__(self, reason: str, message: str) -> None:
-        super().__init__(message)
+        super().__init__(reason, message)  # both are args, so that it survives pickling between deployments
         self.reason = reason
+        self.message = message
+
+    def __str__(self) -> str:
+        return self.message
 
 
 class WireError(KVCacheError):

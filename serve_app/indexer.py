@@ -80,9 +80,7 @@ class Indexer:
         self._index = index
         self.strategy = strategy
 
-    async def score(
-        self, body: Body, pods: Sequence[PodId] | None = None, strategy: Strategy | None = None
-    ) -> Scored:
+    async def score(self, body: Body, pods: Sequence[PodId] | None = None, strategy: Strategy | None = None) -> Scored:
         """Score `pods` (None: all live pods) for a request.
 
         Raises:
@@ -96,9 +94,7 @@ class Indexer:
             raise IndexUnavailable("no replica of the model has registered in Redis yet")
         prompts = await self._prompts.encode(body, spec)
         encoded_s = time.perf_counter()
-        matches = [
-            await self._index.match(prompt.keys, pods, count_hits=strategy.counts_hits) for prompt in prompts
-        ]
+        matches = [await self._index.match(prompt.keys, pods, count_hits=strategy.counts_hits) for prompt in prompts]
         matched_s = time.perf_counter()
         scores: dict[PodId, float] = {}
         tokens: dict[PodId, dict[Tier, int]] = {}

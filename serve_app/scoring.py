@@ -1,9 +1,9 @@
 """How well a pod's match suits a prompt, as one number. Pure functions; larger is better, 0 is no match.
 
-    prompt of 6 blocks of 16 tokens; a pod holds blocks 0 1 2 in GPU, 3 in CPU memory, and block 5
-    longest_prefix     3 * 16 * 1.0 + 1 * 16 * 0.8 = 60.8    tokens that need no prefill, by what loading them costs
-    highest_block_hit  5                                     blocks held anywhere
-    coverage           64 / 100 = 0.64                       share of the prompt's (100) tokens that need no prefill
+prompt of 6 blocks of 16 tokens; a pod holds blocks 0 1 2 in GPU, 3 in CPU memory, and block 5
+longest_prefix     3 * 16 * 1.0 + 1 * 16 * 0.8 = 60.8    tokens that need no prefill, by what loading them costs
+highest_block_hit  5                                     blocks held anywhere
+coverage           64 / 100 = 0.64                       share of the prompt's (100) tokens that need no prefill
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """The stages of the read path as deployments: Tokenizer, PrefixStore, BlockIndex. Each is a plain class in a shell.
 
-    Scorer -> PrefixStore -> Tokenizer
-           -> BlockIndex  -> Redis
+Scorer -> PrefixStore -> Tokenizer
+       -> BlockIndex  -> Redis
 """
 
 import asyncio

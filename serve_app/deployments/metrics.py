@@ -103,7 +103,8 @@ class IndexMetrics:
             "kvcache_index_stale_seconds", "Time since Redis last answered the mirror.", tag_keys=("model",)
         ).set_default_tags(tags)
         self._entries = Counter(
-            "kvcache_index_log_entries_total", "Log entries applied, by kind; loads, gaps, errors.",
+            "kvcache_index_log_entries_total",
+            "Log entries applied, by kind; loads, gaps, errors.",
             tag_keys=("model", "kind"),
         ).set_default_tags(tags)
         self._evicted = Counter(

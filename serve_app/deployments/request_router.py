@@ -104,9 +104,7 @@ class KVCacheAwareRouter(MultiplexMixin, RequestRouter):
         super().update_replicas(replicas)
         self._ledger.keep_only([PodId(replica.replica_id.unique_id) for replica in replicas])
 
-    def on_request_routed(
-        self, pending_request: PendingRequest, replica_id: ReplicaID, result: ReplicaResult
-    ) -> None:
+    def on_request_routed(self, pending_request: PendingRequest, replica_id: ReplicaID, result: ReplicaResult) -> None:
         """Remember who got the request, for the response header of the ordinary ingress."""
         routed_to[pending_request.metadata.request_id] = replica_id.unique_id
 

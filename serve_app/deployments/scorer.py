@@ -1,8 +1,8 @@
 """Ingress of the graph: the Score API over HTTP.
 
-    POST /kvcache/v1/score   an OpenAI request body, plus optional `pods` and `strategy`  ->  ScoreAnswer
-    GET  /kvcache/v1/pods    what the index knows of every pod
-    GET  /kvcache/health
+POST /kvcache/v1/score   an OpenAI request body, plus optional `pods` and `strategy`  ->  ScoreAnswer
+GET  /kvcache/v1/pods    what the index knows of every pod
+GET  /kvcache/health
 """
 
 from typing import Any
@@ -43,6 +43,24 @@ class _Extra(BaseModel):
 
     pods: list[str] | None = None
     strategy: Strategy | None = None
+
+
+# Above the class: serve.ingress pickles the endpoints with what they refer to at that moment.
+def _refusal(error: Exception) -> JSONResponse:
+    """An error of a stage, wherever it ran, as an answer."""
+    cause = error.cause if isinstance(error, RayTaskError) else error
+    match cause:
+        case PromptError():
+            return _error(400, cause.reason, str(cause))
+        case IndexUnavailable():
+            return _error(503, "index_unavailable", str(cause))
+        case _:
+            raise error
+
+
+def _error(status: int, code: str, message: str) -> JSONResponse:
+    """OpenAI's error shape."""
+    return JSONResponse({"error": {"message": message, "type": "invalid_request_error", "code": code}}, status)
 
 
 @serve.ingress(app)
@@ -96,20 +114,3 @@ class Scorer:
     @app.get("/health")
     async def health(self) -> dict[str, str]:
         return {"status": "ok"}
-
-
-def _refusal(error: Exception) -> JSONResponse:
-    """An error of a stage, wherever it ran, as an answer."""
-    cause = error.cause if isinstance(error, RayTaskError) else error
-    match cause:
-        case PromptError():
-            return _error(400, cause.reason, str(cause))
-        case IndexUnavailable():
-            return _error(503, "index_unavailable", str(cause))
-        case _:
-            raise error
-
-
-def _error(status: int, code: str, message: str) -> JSONResponse:
-    """OpenAI's error shape."""
-    return JSONResponse({"error": {"message": message, "type": "invalid_request_error", "code": code}}, status)

@@ -126,8 +126,10 @@ def router_settings(llm_config: LLMConfig) -> RouterSettings:
         ConfigError: there are none.
     """
     config = llm_config.deployment_config.get("request_router_config")
-    kwargs = config.get("request_router_kwargs") if isinstance(config, dict) else getattr(
-        config, "request_router_kwargs", None
+    kwargs = (
+        config.get("request_router_kwargs")
+        if isinstance(config, dict)
+        else getattr(config, "request_router_kwargs", None)
     )
     if not kwargs:
         raise ConfigError(

@@ -81,6 +81,7 @@ class Publisher:
         self._skipped: Counter[str] = Counter()
         self._poller = zmq.Poller()
         self._poller.register(self._source.socket, zmq.POLLIN)
+        self._poller.register(self._source.monitor, zmq.POLLIN)
         if feed is not None:
             os.set_blocking(feed, False)
             self._poller.register(feed, zmq.POLLIN)
@@ -99,11 +100,12 @@ class Publisher:
         ready = dict(self._poller.poll(_POLL_MS))
         if self._feed in ready and not self._read_feed():
             return False
-        received = self._source.read(_BATCHES_PER_FLUSH) if self._source.caught_up else self._source.catch_up()
-        self._take(received)
+        self._take(self._source.read(_BATCHES_PER_FLUSH))
         now = time.monotonic()
         try:
-            if self._domain is None:
+            if not self._source.connected:
+                self._leave()  # nobody knows what an engine holds that we do not hear
+            elif self._domain is None:
                 self._join(now)
             else:
                 self._report_load(now)
@@ -126,7 +128,8 @@ class Publisher:
             if received.lost:
                 self._lost += received.lost
                 logger.warning("%d event batches before %d are lost", received.lost, received.seq)
-            self._apply(received.payload)
+            if received.payload is not None:
+                self._apply(received.payload)
 
     def _apply(self, payload: bytes) -> None:
         try:
@@ -219,10 +222,12 @@ class Publisher:
         return bool(data)
 
     def _leave(self) -> None:
-        if self._domain is None:
+        domain, self._domain = self._domain, None
+        if domain is None:
             return
+        logger.info("leaving %s", self._config.model)
         try:
-            self._writer.leave(self._domain.id, self._domain.epoch)
+            self._writer.leave(domain.id, domain.epoch)
             self._writer.flush()
         except StoreError as error:
             logger.warning("redis: %s; the lease will end in %s s", error, self._config.lease_ttl_s)

@@ -6,16 +6,19 @@ still has from there on, as `["", topic, sequence, payload]`, and ends with sequ
 
     live 0 1 2 5      -> 3 and 4 are asked for again, then 5
     live 7 8 0        -> a new life: everything known of the old one is void
+
+A new life may also hide behind a lost connection, with higher numbers than we have seen. So after every connect the
+engine is asked for the last batch that we applied: the same bytes mean the same life, and we go on after it.
 """
 
 from __future__ import annotations
 
 import logging
-import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 
 import zmq
+from zmq.utils.monitor import recv_monitor_message
 
 logger = logging.getLogger(__name__)
 
@@ -26,10 +29,13 @@ REPLAY_TIMEOUT_S = 2.0
 
 @dataclass(frozen=True, slots=True)
 class Received:
-    """One batch. `restarted`: it is the first of a new life. `lost`: batches before it that are gone for good."""
+    """One batch, or without a payload only the news that the engine has begun a new life.
+
+    `restarted`: it is the first of a new life. `lost`: batches before it that are gone for good.
+    """
 
     seq: int
-    payload: bytes
+    payload: bytes | None
     restarted: bool = False
     lost: int = 0
 
@@ -48,27 +54,28 @@ class EventSource:
         self._replay_endpoint = replay_endpoint
         self._next = 0  # sequence number that comes next
         self._last_live = -1  # last one from the PUB socket, which repeats none within a life
-        self._caught_up = replay_endpoint is None
+        self._last_payload = b""  # of the batch before `_next`
+        self.connected = False
+        self.caught_up = False
         self.socket = self._context.socket(zmq.SUB)
         self.socket.setsockopt(zmq.RCVHWM, _RECEIVE_BUFFER)
         self.socket.subscribe(topic)
+        self.monitor = self.socket.get_monitor_socket(zmq.EVENT_CONNECTED | zmq.EVENT_DISCONNECTED)
         self.socket.connect(endpoint)
 
     def close(self) -> None:
+        self.socket.disable_monitor()
+        self.monitor.close(linger=0)
         self.socket.close(linger=0)
 
-    def catch_up(self) -> Iterator[Received]:
-        """What the engine sent before we were here. Call until `caught_up`; gives up after `REPLAY_TIMEOUT_S`."""
-        if not self._caught_up:
-            yield from self._replay(None, restarted=False)
-
-    @property
-    def caught_up(self) -> bool:
-        return self._caught_up
-
     def read(self, limit: int) -> Iterator[Received]:
-        """Batches that have arrived by now, at most about `limit`."""
-        for _ in range(limit):
+        """What has arrived by now, at most about `limit` batches; after a connect, first what we missed before it."""
+        self._watch_connection()
+        if not self.connected:
+            return
+        if not self.caught_up:
+            yield from self._catch_up()
+        for _ in range(limit if self.caught_up else 0):
             try:
                 _, raw_seq, payload = self.socket.recv_multipart(zmq.NOBLOCK)
             except zmq.Again:
@@ -78,40 +85,64 @@ class EventSource:
                 continue
             yield from self._in_order(int.from_bytes(raw_seq, "big"), payload)
 
+    def _watch_connection(self) -> None:
+        while self.monitor.poll(0):
+            self.connected = recv_monitor_message(self.monitor)["event"] == zmq.EVENT_CONNECTED
+            self.caught_up = self._replay_endpoint is None
+
+    def _catch_up(self) -> Iterator[Received]:
+        """Go on after the last batch we applied, if the engine still is the one that sent it; else start anew."""
+        if self._next:
+            first = next(self._ask(self._next - 1), None)
+            if first is None:
+                return  # no answer: again at the next call
+            if first != (self._next - 1, self._last_payload):
+                self._forget_life()
+                yield Received(-1, None, restarted=True)
+        yield from self._replay(None)
+
     def _in_order(self, seq: int, payload: bytes) -> Iterator[Received]:
-        restarted = seq <= self._last_live
+        if seq <= self._last_live:
+            self._forget_life()
+            yield Received(-1, None, restarted=True)
         self._last_live = seq
-        if restarted:
-            self._next = 0
-        elif seq < self._next:
+        if seq < self._next:
             return  # a replay has already brought it
         if seq > self._next and self._replay_endpoint is not None:
-            for received in self._replay(seq, restarted=restarted):
-                restarted = False
-                yield received
-        lost = seq - self._next
-        self._next = seq + 1
-        yield Received(seq, payload, restarted, lost)
+            yield from self._replay(seq)
+        yield self._accept(seq, payload)
 
-    def _replay(self, until: int | None, *, restarted: bool) -> Iterator[Received]:
-        """Ask for everything from `_next` on; take what is before `until`."""
+    def _forget_life(self) -> None:
+        self._next, self._last_live, self._last_payload = 0, -1, b""
+
+    def _accept(self, seq: int, payload: bytes) -> Received:
+        lost = seq - self._next
+        self._next, self._last_payload = seq + 1, payload
+        return Received(seq, payload, lost=lost)
+
+    def _replay(self, until: int | None) -> Iterator[Received]:
+        """Take what the engine still has, from `_next` on and before `until`."""
+        for seq, payload in self._ask(self._next):
+            if seq == _END:
+                self.caught_up = True
+                return
+            if seq >= self._next and (until is None or seq < until):
+                yield self._accept(seq, payload)
+
+    def _ask(self, start: int) -> Iterator[tuple[int, bytes]]:
+        """The engine's answer to a replay request, with its end mark; it breaks off when the engine is silent."""
+        if self._replay_endpoint is None:
+            return
         socket = self._context.socket(zmq.DEALER)
         try:
             socket.connect(self._replay_endpoint)
-            socket.send_multipart((b"", self._next.to_bytes(8, "big")))
-            deadline_s = time.monotonic() + REPLAY_TIMEOUT_S
-            while socket.poll(max(0, int((deadline_s - time.monotonic()) * 1000))):
+            socket.send_multipart((b"", start.to_bytes(8, "big")))
+            while socket.poll(int(REPLAY_TIMEOUT_S * 1000)):
                 _, _, raw_seq, payload = socket.recv_multipart()
-                deadline_s = time.monotonic() + REPLAY_TIMEOUT_S
                 seq = int.from_bytes(raw_seq, "big", signed=True)
+                yield seq, payload
                 if seq == _END:
-                    self._caught_up = True
                     return
-                if seq >= self._next and (until is None or seq < until):
-                    lost, self._next = seq - self._next, seq + 1
-                    yield Received(seq, payload, restarted, lost)
-                    restarted = False
-            if until is not None:
-                logger.warning("the engine did not replay its events within %s s", REPLAY_TIMEOUT_S)
+            logger.warning("the engine did not answer a replay request within %s s", REPLAY_TIMEOUT_S)
         finally:
             socket.close(linger=0)

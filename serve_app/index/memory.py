@@ -199,7 +199,8 @@ class MemoryIndex:
         self._dead_bits &= ~dead
 
     def _evict(self, blocks: dict[BlockKey, int]) -> None:
-        oldest = list(islice(blocks, len(blocks) // _EVICT_SHARE + 1))
+        count = max(len(blocks) - self.max_blocks, self.max_blocks // _EVICT_SHARE)
+        oldest = list(islice(blocks, count))
         for key in oldest:
             del blocks[key]
         self.evicted_blocks += len(oldest)

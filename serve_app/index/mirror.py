@@ -177,8 +177,10 @@ class Mirror:
                 self.counters["gaps"] += 1
                 self._position = None
             except (redis.RedisError, OSError) as error:
-                if not failing:
+                if not failing and self._ready.is_set():
                     logger.warning("redis %s: %s; going on with the index as it is", redact(self._url), error)
+                elif not failing:
+                    logger.info("waiting for redis %s", redact(self._url))
                 failing = True
                 self.counters["errors"] += 1
                 self._stop.wait(RETRY_S)

@@ -171,4 +171,3 @@ def test_many_blocks(index: InMemory) -> None:
     index.writer.add(DomainId("a"), Epoch(1), GPU, many)
     index.writer.remove(DomainId("a"), Epoch(1), GPU, many[20_000:])
     assert index.matched(many) == {A: {GPU: 80_000}}
-

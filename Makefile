@@ -1,0 +1,82 @@
+# Every target that needs Python makes the environment first: scripts/setup.sh ends at once when nothing has changed.
+
+SHELL := bash
+.SHELLFLAGS := -euo pipefail -c
+.DEFAULT_GOAL := help
+MAKEFLAGS += --no-print-directory
+
+export KVCACHE_VENV ?= .venv
+BIN := $(KVCACHE_VENV)/bin
+ARGS ?=
+
+.PHONY: help
+help: ## show this list
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  \033[36m%-14s\033[0m %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
+	@echo
+	@echo "  ARGS=... is handed on, e.g.  make test ARGS='-k prefix -m \"not integration\"'"
+	@echo "  KVCACHE_EXTRA=cpu|gpu chooses the engine (default: gpu where nvidia-smi works)."
+
+.PHONY: setup
+setup: ## make or update .venv (minutes the first time, then under a second)
+	@scripts/setup.sh $(if $(REPAIR),--repair)
+
+.PHONY: model
+model: setup ## build the SmolLM2 demo checkpoint, once
+	@$(BIN)/kvcache model $(ARGS)
+
+.PHONY: demo
+demo: setup ## real vLLM replicas: round robin against KV-aware, with a table at the end
+	@$(BIN)/kvcache demo $(ARGS)
+
+.PHONY: up
+up: setup ## start a server in the background
+	@$(BIN)/kvcache up $(ARGS)
+
+.PHONY: status
+status: setup ## what is running, and whether it is well
+	@$(BIN)/kvcache status $(ARGS)
+
+.PHONY: down
+down: setup ## stop what `make up` started
+	@$(BIN)/kvcache down $(ARGS)
+
+.PHONY: test
+test: setup ## all tests; real Valkey, real Ray, real vLLM
+	@$(BIN)/python -m pytest $(ARGS)
+
+.PHONY: check
+check: format-check lint types contracts test ## everything CI checks
+
+.PHONY: format
+format: setup ## rewrite the code in the project's format
+	@$(BIN)/ruff check --quiet --fix-only --select I .
+	@$(BIN)/ruff format .
+
+.PHONY: format-check
+format-check: setup ## say which files `make format` would change
+	@$(BIN)/ruff format --check .
+
+.PHONY: lint
+lint: setup ## ruff
+	@$(BIN)/ruff check .
+
+.PHONY: types
+types: setup ## mypy, strict
+	@$(BIN)/mypy
+
+.PHONY: contracts
+contracts: setup ## import-linter: the layering of docs/architecture.md
+	@$(BIN)/lint-imports
+
+.PHONY: bench
+bench: setup ## every benchmarks/bench_*.py; results go to benchmarks/results
+	@shopt -s nullglob; for script in benchmarks/bench_*.py; do echo "==> $$script"; $(BIN)/python "$$script" $(ARGS); done
+
+.PHONY: lock
+lock: ## resolve pyproject.toml afresh and write constraints.txt
+	@scripts/setup.sh --lock
+
+.PHONY: clean
+clean: ## delete .venv and every cache in this folder (built models stay in ~/.cache/kvcache-manager)
+	@rm -rf .venv .venv.lock build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis
+	@find . -name __pycache__ -type d -prune -exec rm -rf {} +

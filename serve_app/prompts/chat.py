@@ -1,0 +1,118 @@
+"""ChatPrompt -> the text that vLLM would render.
+
+In: a conversation. Out: prompt text. Follows vLLM 0.29: `OnlineRenderer.preprocess_chat` (which variables reach the
+template), `renderers/hf.py` `safe_apply_chat_template`. The template itself is run by transformers, as vLLM does it.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Mapping
+from functools import lru_cache
+from typing import Any
+
+from serve_app.errors import ConfigError, PromptError
+from serve_app.prompts.hf import load_tokenizer, own_renderer
+from serve_app.prompts.messages import ContentFormat, developer_to_system, to_conversation
+from serve_app.prompts.request import ChatPrompt
+from serve_app.prompts.template import content_format as detect_content_format
+from serve_app.prompts.template import template_variables
+
+
+class ChatRenderer:
+    """Renders conversations of one model. Safe to call from several threads."""
+
+    def __init__(
+        self,
+        tokenizer_source: str,
+        chat_template: str | None = None,
+        content_format: str = "auto",
+        default_kwargs: Mapping[str, Any] | None = None,
+    ) -> None:
+        """
+        Args:
+            tokenizer_source: path or Hugging Face id.
+            chat_template: Jinja source that overrides the tokenizer's own.
+            content_format: vLLM's `--chat-template-content-format`: auto, string or openai.
+            default_kwargs: vLLM's `--default-chat-template-kwargs`.
+        """
+        if content_format not in ("auto", "string", "openai"):
+            raise ConfigError(f"content_format is {content_format!r}; write auto, string or openai")
+        self._tokenizer = load_tokenizer(tokenizer_source)
+        self._chat_template = chat_template
+        self._content_format = content_format
+        self._default_kwargs = dict(default_kwargs or {})
+        self._own_renderer = own_renderer(tokenizer_source)
+
+    def render(self, prompt: ChatPrompt) -> str:
+        """The prompt's text.
+
+        Raises:
+            PromptError: the template is the request's own, or fails, or parts are not text.
+        """
+        if self._own_renderer is not None:
+            raise PromptError("unsupported_model", f"vLLM renders {self._own_renderer} without a chat template")
+        if prompt.chat_template is not None or prompt.chat_template_kwargs.get("chat_template") is not None:
+            raise PromptError("untrusted_template", "the request brings its own chat template")
+        kwargs = self._template_kwargs(prompt)
+        tools = kwargs.pop("tools", None)
+        template = self._template(tools)
+        conversation = to_conversation(prompt.messages, self._format(template))
+        if any(m["role"] == "developer" for m in conversation) and not _knows_developer(template):
+            conversation = developer_to_system(conversation)
+        try:
+            accepted = _accepted_parameters(self._tokenizer.__class__) | template_variables(template)
+            kwargs = {k: v for k, v in kwargs.items() if k in accepted}
+            text = self._tokenizer.apply_chat_template(
+                conversation=conversation, tools=tools, chat_template=template, tokenize=False, **kwargs
+            )
+        except Exception as error:  # a template is a program: whatever it raises, this request has no prompt
+            raise PromptError("template_error", f"chat template: {error}") from error
+        assert isinstance(text, str)
+        return text
+
+    def _template_kwargs(self, prompt: ChatPrompt) -> dict[str, Any]:
+        """What the template gets, later ones win: tools, the server's defaults, the request's kwargs, its fields."""
+        kwargs: dict[str, Any] = {"tools": prompt.tools} if prompt.tools is not None else {}
+        kwargs = self._default_kwargs | kwargs | _set(prompt.chat_template_kwargs)
+        kwargs |= {
+            "add_generation_prompt": prompt.add_generation_prompt,
+            "continue_final_message": prompt.continue_final_message,
+        }
+        if prompt.documents is not None:
+            kwargs["documents"] = prompt.documents
+        kwargs["return_dict"] = False
+        kwargs.pop("tokenize", None)  # either way vLLM ends up with the ids of the same text
+        return kwargs
+
+    def _template(self, tools: Any) -> str:
+        try:
+            return str(self._tokenizer.get_chat_template(self._chat_template, tools=tools))
+        except ValueError as error:
+            raise PromptError("no_template", str(error)) from error
+
+    def _format(self, template: str) -> ContentFormat:
+        if self._content_format == "auto":
+            return detect_content_format(template)
+        return "openai" if self._content_format == "openai" else "string"
+
+
+def _set(kwargs: Mapping[str, Any]) -> dict[str, Any]:
+    """Without the values that vLLM takes for "not given" (`merge_kwargs`)."""
+    return {k: v for k, v in kwargs.items() if v is not None and v != "auto"}
+
+
+def _knows_developer(template: str) -> bool:
+    return '"developer"' in template or "'developer'" in template
+
+
+@lru_cache(maxsize=8)
+def _accepted_parameters(tokenizer_class: Any) -> frozenset[str]:
+    """Names that apply_chat_template takes itself, here or in transformers' base class."""
+    from transformers import PythonBackend  # takes 3 s to import
+
+    names: set[str] = set()
+    for function in (tokenizer_class.apply_chat_template, PythonBackend.apply_chat_template):
+        parameters = inspect.signature(function).parameters.values()
+        names |= {p.name for p in parameters if p.kind not in (p.VAR_KEYWORD, p.VAR_POSITIONAL)}
+    return frozenset(names - {"self", "chat_template", "tokenize"})

@@ -1,0 +1,92 @@
+"""Request body -> block keys: the prompt stages of one model put together.
+
+In: the parsed JSON of an OpenAI request. Out: one `EncodedPrompt` per prompt in it. Two steps with the tokenization in
+between, so that the caller may have that done elsewhere:
+
+    for prepared in encoder.prepare(body):
+        ids = await tokenize(prepared.missing)      # or encoder.tokenize(prepared.missing)
+        prompt = encoder.finish(prepared, ids)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from serve_app.blocks import block_keys, namespace_key, pack_tokens
+from serve_app.errors import PromptError
+from serve_app.prompts.chat import ChatRenderer
+from serve_app.prompts.prefix_store import EncodedPrompt, Lookup, PrefixStore
+from serve_app.prompts.request import ChatPrompt, Prompt, TokenPrompt, namespace_of, parse_request
+from serve_app.prompts.tokenizer import Segment, Tokenizer
+from serve_app.types import BlockKey, EngineSpec
+
+MAX_PROMPT_CHARS = 8 * 2**20  # what HAProxy hands over at most; some 2M tokens
+
+
+@dataclass(frozen=True, slots=True)
+class Prepared:
+    """A prompt that is rendered and looked up. Token prompts are finished already."""
+
+    missing: list[Segment]  # to be tokenized
+    lookup: Lookup | None
+    encoded: EncodedPrompt | None
+
+
+class PromptEncoder:
+    """All that is needed to score the prompts of one model. Safe to call from several threads."""
+
+    def __init__(
+        self, spec: EngineSpec, store: PrefixStore, default_chat_template_kwargs: Mapping[str, Any] | None = None
+    ) -> None:
+        """Loads the tokenizer: some seconds, call it in a thread.
+
+        Args:
+            spec: of the engine whose block keys are wanted.
+            store: may be shared by encoders of several models.
+            default_chat_template_kwargs: vLLM's `--default-chat-template-kwargs`.
+        """
+        self.spec = spec
+        self._store = store
+        self._tokenizer = Tokenizer(spec.tokenizer)
+        self._renderer = ChatRenderer(
+            spec.tokenizer, spec.chat_template, spec.content_format, default_chat_template_kwargs
+        )
+
+    def prepare(self, body: Mapping[str, Any]) -> list[Prepared]:
+        """Parse, render, split and look up.
+
+        Raises:
+            PromptError: the request has no prompt that can be scored.
+        """
+        lora, salt = namespace_of(body, self.spec.model)
+        root = namespace_key(self.spec.model, self.spec.block_size, lora, salt)
+        return [self._prepare(prompt, root) for prompt in parse_request(body)]
+
+    def tokenize(self, segments: Sequence[Segment]) -> list[bytes]:
+        """Packed token ids of each segment."""
+        return self._tokenizer.encode_segments(segments)
+
+    def finish(self, prepared: Prepared, ids: Sequence[bytes]) -> EncodedPrompt:
+        """Block keys of a prepared prompt, given the ids of what was missing."""
+        if prepared.encoded is not None:
+            return prepared.encoded
+        assert prepared.lookup is not None
+        return self._store.complete(prepared.lookup, ids)
+
+    def encode(self, body: Mapping[str, Any]) -> list[EncodedPrompt]:
+        """All steps in this process."""
+        return [self.finish(p, self.tokenize(p.missing)) for p in self.prepare(body)]
+
+    def _prepare(self, prompt: Prompt, root: BlockKey) -> Prepared:
+        if isinstance(prompt, TokenPrompt):
+            packed = pack_tokens(prompt.token_ids)
+            keys = block_keys(packed, self.spec.block_size, root)
+            return Prepared([], None, EncodedPrompt(keys, len(prompt.token_ids), 0, (packed,)))
+        text = self._renderer.render(prompt) if isinstance(prompt, ChatPrompt) else prompt.text
+        if len(text) > MAX_PROMPT_CHARS:
+            raise PromptError("too_long", f"the prompt has {len(text)} characters, more than {MAX_PROMPT_CHARS}")
+        segments = self._tokenizer.split(text, prompt.add_special_tokens)
+        lookup = self._store.lookup(root, segments, self.spec.block_size, self.spec.tokenizer)
+        return Prepared(lookup.missing, lookup, None)

@@ -1,0 +1,179 @@
+"""OpenAI messages -> the conversation that vLLM hands to the chat template.
+
+In: messages as the client sent them. Out: new dicts; the input is never changed. Follows vLLM 0.29,
+`entrypoints/chat_utils.py` (`parse_chat_messages`) after pydantic has validated the request: validation puts known
+keys in the order of their type and keeps unknown keys behind them, which shows wherever a template dumps JSON.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, Literal
+
+from serve_app.errors import PromptError
+
+ContentFormat = Literal["string", "openai"]
+Message = dict[str, Any]
+
+_TEXT_FIELD = {
+    "text": "text",
+    "input_text": "text",
+    "output_text": "text",
+    "refusal": "refusal",
+    "thinking": "thinking",
+    "tool_reference": "name",
+}
+_MEDIA_FIELDS = frozenset(
+    f"{medium}_{form}" for medium in ("image", "audio", "video") for form in ("url", "embeds")
+) | {"input_image", "image_pil", "input_audio", "prompt_embeds", "file"}
+# Keys of vLLM's content part types: they are not carried over to a text part in "openai" format, others are.
+_KNOWN_PART_FIELDS = (
+    _MEDIA_FIELDS - {"input_image", "prompt_embeds"}
+    | set(_TEXT_FIELD.values())
+    | {"thinking", "type", "uuid", "closed", "data", "prompt_cache_breakpoint"}
+)
+
+
+def to_conversation(messages: Sequence[Mapping[str, Any]], content_format: ContentFormat) -> list[Message]:
+    """Messages in the shape the template gets.
+
+    Raises:
+        PromptError: "multimodal" for parts that are not text, "bad_messages" for what vLLM would refuse.
+    """
+    return [_message(m, content_format) for m in messages]
+
+
+def developer_to_system(conversation: list[Message]) -> list[Message]:
+    """For templates that know no `developer` role: such messages become system, all system messages one, in front.
+
+    Source: `_convert_developer_to_system` and `_consolidate_system_messages` in vLLM's `renderers/hf.py`.
+    """
+    conversation = [
+        {k: ("system" if k == "role" else v) for k, v in m.items() if k != "tools"} if m["role"] == "developer" else m
+        for m in conversation
+    ]
+    system = [i for i, m in enumerate(conversation) if m["role"] == "system"]
+    if system in ([], [0]):
+        return conversation
+    contents = [_flat(conversation[i].get("content", "")) for i in system]
+    merged = {"role": "system", "content": "\n\n".join(c for c in contents if c)}
+    return [merged, *(m for m in conversation if m["role"] != "system")]
+
+
+def _flat(content: Any) -> Any:
+    if not isinstance(content, list):
+        return content
+    texts = (p["text"] if isinstance(p, dict) else p for p in content if isinstance(p, str) or "text" in p)
+    return "\n".join(texts)
+
+
+def _message(message: Mapping[str, Any], content_format: ContentFormat) -> Message:
+    role = message["role"]
+    result: Message = {"role": role, "content": _content(message.get("content"), content_format)}
+    if role == "assistant":
+        tool_calls = message.get("tool_calls")
+        if tool_calls:
+            result["tool_calls"] = [_tool_call(c) for c in _listed(tool_calls, "tool_calls")]
+        reasoning = message.get("reasoning")
+        if reasoning is None:
+            reasoning = message.get("reasoning_content")
+        if reasoning is not None:
+            result["reasoning"] = result["reasoning_content"] = reasoning
+    elif role == "tool":
+        if "tool_call_id" in message:
+            result["tool_call_id"] = message["tool_call_id"]
+        result["content"] = _tool_result(result["content"])
+    for key in ("name", "task"):
+        if isinstance(message.get(key), str):
+            result[key] = message[key]
+    if role == "developer":
+        result["tools"] = _developer_tools(message.get("tools"))
+    return result
+
+
+def _content(content: Any, content_format: ContentFormat) -> str | list[Any]:
+    if content is None:
+        content = []
+    elif isinstance(content, str):
+        content = [content]
+    wrap = content_format == "openai"
+    parts = [p for part in _listed(content, "content") if (p := _part(part, wrap))]
+    return parts if wrap else "\n".join(parts)
+
+
+def _part(part: Any, wrap: bool) -> Any:
+    """One part of a message's content; None for a part that vLLM skips."""
+    if isinstance(part, str):
+        return {"type": "text", "text": part} if wrap else part
+    if not isinstance(part, Mapping):
+        raise PromptError("bad_messages", "a content part must be a string or an object")
+    kind = part.get("type")
+    if not isinstance(kind, str | None):
+        raise PromptError("bad_messages", "the type of a content part must be a string")
+    if kind in _MEDIA_FIELDS or not _MEDIA_FIELDS.isdisjoint(part):
+        raise PromptError("multimodal", f"a content part of type {kind!r} is not text")
+    if kind is None and "tool_reference" in part:
+        kind = "tool_reference"
+    if kind not in _TEXT_FIELD or part.get("uuid") is not None:
+        raise PromptError("bad_messages", f"unknown content part type {kind!r}")
+    text = part.get(_TEXT_FIELD[kind])
+    if text is None:
+        return None
+    if not isinstance(text, str):
+        raise PromptError("bad_messages", "the text of a content part must be a string")
+    if not wrap:
+        return text
+    if kind == "tool_reference":
+        return {"type": kind, "name": text}
+    return {"type": "text", "text": text, **{k: v for k, v in part.items() if k not in _KNOWN_PART_FIELDS}}
+
+
+def _tool_result(content: Any) -> Any:
+    """A tool message's text parts are one string, whatever the template's format; tool references stay parts."""
+    if not isinstance(content, list) or any(p.get("type") != "text" for p in content):
+        return content
+    return "\n".join(p.get("text", "") for p in content)
+
+
+def _tool_call(call: Any) -> dict[str, Any]:
+    function = call.get("function") if isinstance(call, Mapping) else None
+    if not isinstance(function, Mapping) or call.get("type", "function") != "function":
+        raise PromptError("bad_messages", "tool_calls entries must be objects of type 'function'")
+    function = _reordered(function, ("arguments", "name"))
+    function["arguments"] = _arguments(function.get("arguments"))
+    call = _reordered(call, ("id", "function", "type"))
+    return {**call, "function": function}
+
+
+def _arguments(arguments: Any) -> dict[str, Any]:
+    """Arguments as a mapping, as templates expect; what is no JSON object becomes {}, as in vLLM."""
+    if isinstance(arguments, str):
+        try:
+            arguments = json.loads(arguments)
+        except json.JSONDecodeError:
+            return {}
+    return dict(arguments) if isinstance(arguments, Mapping) else {}
+
+
+def _developer_tools(tools: Any) -> list[dict[str, Any]] | None:
+    if tools is None:
+        return None
+    result = []
+    for tool in _listed(tools, "tools"):
+        if not isinstance(tool, Mapping) or not isinstance(tool.get("function"), Mapping):
+            raise PromptError("bad_messages", "every tool must be an object with a function")
+        function = _reordered(tool["function"], ("name", "description", "parameters", "strict"))
+        result.append({**_reordered(tool, ("function", "type")), "function": function})
+    return result
+
+
+def _listed(value: Any, name: str) -> Iterable[Any]:
+    if not isinstance(value, list):
+        raise PromptError("bad_messages", f"{name} must be a list")
+    return value
+
+
+def _reordered(value: Mapping[str, Any], first: tuple[str, ...]) -> dict[str, Any]:
+    """`value` with the keys in `first` in front, in that order, the rest as it came."""
+    return {k: value[k] for k in first if k in value} | {k: v for k, v in value.items() if k not in first}

@@ -1,0 +1,171 @@
+"""What is known of prompts seen before: token ids and finished block keys, segment by segment.
+
+In: the segments of a prompt. Out: which of them still have to be tokenized; given their ids, the prompt's block keys.
+A known segment is neither tokenized nor hashed into block keys again.
+
+Each segment is filed under XXH3-128 over `digest of the segment before || its text`; the first digest is made of the
+namespace key and the tokenizer, so no entry is shared across models, block sizes, LoRAs, salts or tokenizers.
+
+    block_size=4, segments of 6 and 3 tokens -> entry 1: 1 key, tail of 2 tokens; entry 2: 1 key, tail of 1 token
+"""
+
+from __future__ import annotations
+
+import sys
+from array import array
+from collections import OrderedDict
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from threading import Lock
+
+import xxhash
+
+from serve_app.blocks import block_keys, split_keys
+from serve_app.prompts.tokenizer import Segment
+from serve_app.types import BlockKey
+
+_TOKEN_BYTES = 4
+_DIGEST_BYTES = 16
+# Of one entry beside its payload: dict slot and list node of OrderedDict (measured with tracemalloc, CPython 3.11).
+_SLOT_BYTES = 110
+
+
+@dataclass(frozen=True, slots=True)
+class _Entry:
+    ids: bytes  # packed token ids of the segment
+    keys: bytes  # packed keys of the blocks that end in the segment
+    tail: bytes  # packed token ids since the last full block, also from segments before
+    parent: BlockKey  # key of the last full block, to go on from
+
+    def size_bytes(self) -> int:
+        payload = (self, self.ids, self.keys, self.tail, self.parent)
+        return sum(map(sys.getsizeof, payload)) + sys.getsizeof(b"") + _DIGEST_BYTES + _SLOT_BYTES
+
+
+@dataclass(frozen=True, slots=True)
+class Lookup:
+    """A prompt between its two steps: what is known of it, what is missing."""
+
+    missing: list[Segment]  # to be tokenized: everything behind the longest known prefix
+    block_size: int
+    root: BlockKey
+    digests: tuple[bytes, ...]  # one per segment
+    known: tuple[_Entry, ...]  # the first segments
+
+
+@dataclass(frozen=True, slots=True)
+class EncodedPrompt:
+    """A prompt as the index sees it."""
+
+    block_keys: list[BlockKey]  # of its full blocks
+    token_count: int
+    cached_token_count: int  # of these, how many did not have to be tokenized
+    chunks: tuple[bytes, ...]  # packed token ids
+
+    def token_ids(self) -> list[int]:
+        """All token ids; made when asked for."""
+        ids = array("I", b"".join(self.chunks))
+        if sys.byteorder == "big":
+            ids.byteswap()
+        return ids.tolist()
+
+
+@dataclass(frozen=True, slots=True)
+class StoreStats:
+    """Counts since the start, but for `entries` and `bytes`, which are of now."""
+
+    entries: int
+    bytes: int
+    hits: int  # segments found
+    misses: int  # segments that had to be tokenized
+    evictions: int
+
+
+class PrefixStore:
+    """Thread-safe, bounded by bytes, least recently used first out."""
+
+    def __init__(self, max_bytes: int) -> None:
+        self._max_bytes = max_bytes
+        self._lock = Lock()
+        self._entries: OrderedDict[bytes, _Entry] = OrderedDict()  # oldest use first
+        self._bytes = self._hits = self._misses = self._evictions = 0
+
+    def lookup(self, root: BlockKey, segments: Sequence[Segment], block_size: int, tokenizer: str = "") -> Lookup:
+        """First step: what of a prompt is known.
+
+        Args:
+            root: key of the namespace (`serve_app.blocks.namespace_key`).
+            segments: the whole prompt.
+            block_size: tokens per block; the one in `root`.
+            tokenizer: tells apart tokenizers that are used in the same namespace.
+        """
+        digests = tuple(_digests(root, segments, tokenizer))
+        known: list[_Entry] = []
+        with self._lock:
+            for digest in digests:
+                entry = self._entries.get(digest)
+                if entry is None:
+                    break
+                known.append(entry)
+            self._touch(digests[: len(known)])
+            self._hits += len(known)
+            self._misses += len(digests) - len(known)
+        return Lookup(list(segments[len(known) :]), block_size, root, digests, tuple(known))
+
+    def complete(self, lookup: Lookup, ids: Sequence[bytes]) -> EncodedPrompt:
+        """Second step: store what was missing, and give the whole.
+
+        Args:
+            lookup: of the first step. What it knows is used even if it was evicted in between.
+            ids: packed token ids of `lookup.missing`, one each.
+        """
+        if len(ids) != len(lookup.missing):
+            raise ValueError(f"{len(lookup.missing)} segments were missing, got ids of {len(ids)}")
+        parent, tail = (lookup.known[-1].parent, lookup.known[-1].tail) if lookup.known else (lookup.root, b"")
+        made: list[_Entry] = []
+        for segment_ids in ids:
+            tokens = tail + segment_ids
+            keys = block_keys(tokens, lookup.block_size, parent)
+            tail = tokens[len(keys) * lookup.block_size * _TOKEN_BYTES :]
+            parent = keys[-1] if keys else parent
+            made.append(_Entry(segment_ids, b"".join(keys), tail, parent))
+        if made:
+            self._store(lookup.digests, len(lookup.known), made)
+        entries = (*lookup.known, *made)
+        chunks = tuple(e.ids for e in entries)
+        return EncodedPrompt(
+            block_keys=split_keys(b"".join(e.keys for e in entries)),
+            token_count=sum(map(len, chunks)) // _TOKEN_BYTES,
+            cached_token_count=sum(len(e.ids) for e in lookup.known) // _TOKEN_BYTES,
+            chunks=chunks,
+        )
+
+    def stats(self) -> StoreStats:
+        with self._lock:
+            return StoreStats(len(self._entries), self._bytes, self._hits, self._misses, self._evictions)
+
+    def _store(self, digests: Sequence[bytes], first: int, made: Sequence[_Entry]) -> None:
+        with self._lock:
+            for digest, entry in zip(digests[first:], made, strict=True):
+                replaced = self._entries.pop(digest, None)  # another thread had the same prompt
+                self._bytes += entry.size_bytes() - (replaced.size_bytes() if replaced else 0)
+                self._entries[digest] = entry
+            self._touch(digests)
+            while self._bytes > self._max_bytes:
+                _, evicted = self._entries.popitem(last=False)
+                self._bytes -= evicted.size_bytes()
+                self._evictions += 1
+
+    def _touch(self, digests: Sequence[bytes]) -> None:
+        """Mark as used, the last segment first: a segment is then never evicted before those that build on it."""
+        for digest in reversed(digests):
+            if digest in self._entries:
+                self._entries.move_to_end(digest)
+
+
+def _digests(root: BlockKey, segments: Sequence[Segment], tokenizer: str) -> Iterator[bytes]:
+    digest = xxhash.xxh3_128_digest(root + tokenizer.encode())
+    for segment in segments:
+        flag = b"\1" if segment.add_special_tokens else b"\0"
+        digest = xxhash.xxh3_128_digest(digest + flag + segment.text.encode())
+        yield digest

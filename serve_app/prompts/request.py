@@ -1,0 +1,205 @@
+"""Body of an OpenAI request -> the prompts in it.
+
+In: parsed JSON of `/v1/chat/completions` or `/v1/completions`. Out: one `Prompt` per prompt, nothing rendered yet.
+Defaults are those of vLLM 0.29 (`ChatCompletionRequest`, `CompletionRequest`). Checks here are only those without
+which there is no prompt: a request that vLLM will refuse may pass, since then the engine answers it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from serve_app.errors import PromptError
+from serve_app.types import ModelId
+
+MAX_CACHE_SALT_CHARS = 1024
+
+
+@dataclass(frozen=True, slots=True)
+class ChatPrompt:
+    """A conversation that has to go through the chat template."""
+
+    messages: Sequence[Mapping[str, Any]]
+    tools: Sequence[Mapping[str, Any]] | None = None  # as vLLM hands them to the template
+    documents: Sequence[Mapping[str, str]] | None = None
+    add_generation_prompt: bool = True
+    continue_final_message: bool = False
+    add_special_tokens: bool = False
+    chat_template: str | None = None  # from the request; refused unless the engine trusts it
+    chat_template_kwargs: Mapping[str, Any] = field(default_factory=dict)  # `reasoning_effort` merged in
+
+
+@dataclass(frozen=True, slots=True)
+class TextPrompt:
+    """A text that is tokenized as it is."""
+
+    text: str
+    add_special_tokens: bool = True
+
+
+@dataclass(frozen=True, slots=True)
+class TokenPrompt:
+    """Token ids that the client has made itself."""
+
+    token_ids: Sequence[int]
+
+
+Prompt = ChatPrompt | TextPrompt | TokenPrompt
+
+
+def parse_request(body: Mapping[str, Any]) -> list[Prompt]:
+    """The prompts of a request.
+
+    Raises:
+        PromptError: there is no prompt that can be scored; `reason` says why, in one word.
+    """
+    if body.get("truncate_prompt_tokens") is not None:
+        # What is left depends on the context length and the output tokens asked for: the engine's business.
+        raise PromptError("truncated", "truncate_prompt_tokens is not scored")
+    if "messages" in body:
+        return [_chat(body)]
+    return _completion(body)
+
+
+def namespace_of(
+    body: Mapping[str, Any], base_model: ModelId, aliases: Collection[str] = ()
+) -> tuple[str | None, str | None]:
+    """LoRA name and cache salt of a request: what, beside the tokens, decides whether blocks can be shared.
+
+    Args:
+        body: the request.
+        base_model: the name that the engine serves its base model under.
+        aliases: more names of the base model (vLLM's `--served-model-name a b`).
+    """
+    model = body.get("model")
+    if model is not None and not _is_text(model):
+        raise PromptError("bad_model", "model must be a string")
+    salt = body.get("cache_salt")
+    if salt is not None and not (_is_text(salt) and 0 < len(salt) <= MAX_CACHE_SALT_CHARS):
+        raise PromptError("bad_cache_salt", f"cache_salt must be a string of 1 to {MAX_CACHE_SALT_CHARS} characters")
+    is_base = not model or model == base_model or model in aliases
+    return (None if is_base else model), salt
+
+
+def _chat(body: Mapping[str, Any]) -> Prompt:
+    reused = body.get("kv_transfer_params")
+    if isinstance(reused, Mapping) and reused.get("prompt_token_ids"):
+        # The prefill stage of a disaggregated fleet hands its token ids on; vLLM then does not render either.
+        return _token_prompt(reused["prompt_token_ids"])
+    messages = body.get("messages")
+    if not isinstance(messages, list) or not messages:
+        raise PromptError("bad_messages", "messages must be a list with at least one message")
+    if not all(isinstance(m, Mapping) and isinstance(m.get("role"), str) for m in messages):
+        raise PromptError("bad_messages", "every message must be an object with a role")
+    template = body.get("chat_template")
+    if template is not None and not isinstance(template, str):
+        raise PromptError("bad_field", "chat_template must be a string")
+    return ChatPrompt(
+        messages=messages,
+        tools=_tools(body.get("tools")),
+        documents=_list_of_objects(body, "documents"),
+        add_generation_prompt=_flag(body, "add_generation_prompt", True),
+        continue_final_message=_flag(body, "continue_final_message", False),
+        add_special_tokens=_flag(body, "add_special_tokens", False),
+        chat_template=template,
+        chat_template_kwargs=_template_kwargs(body),
+    )
+
+
+def _template_kwargs(body: Mapping[str, Any]) -> dict[str, Any]:
+    """Variables for the template, as `ChatCompletionRequest.build_chat_params` collects them."""
+    given = body.get("chat_template_kwargs")
+    if given is not None and not isinstance(given, Mapping):
+        raise PromptError("bad_field", "chat_template_kwargs must be an object")
+    kwargs = dict(given or {})
+    effort = body.get("reasoning_effort")
+    if effort is not None:
+        kwargs.setdefault("enable_thinking", effort != "none")
+        kwargs["reasoning_effort"] = effort
+    return kwargs
+
+
+def _tools(tools: Any) -> list[dict[str, Any]] | None:
+    """Tools in the shape of vLLM's `ChatCompletionToolsParam.model_dump()`: key order and nulls reach the prompt.
+
+    `tool_choice: "none"` keeps them, as vLLM does without `--exclude-tools-when-tool-choice-none`.
+    """
+    if tools is None:
+        return None
+    if not isinstance(tools, list) or not tools:
+        raise PromptError("bad_tools", "tools must be a list with at least one tool")
+    return [_tool(t) for t in tools]
+
+
+def _tool(tool: Any) -> dict[str, Any]:
+    function = tool.get("function") if isinstance(tool, Mapping) else None
+    if not isinstance(function, Mapping) or not isinstance(function.get("name"), str):
+        raise PromptError("bad_tools", "every tool must be an object with a named function")
+    dumped: dict[str, Any] = {key: function.get(key) for key in ("name", "description", "parameters")}
+    if function.get("strict") is not None:
+        dumped["strict"] = function["strict"]
+    deferred = tool.get("defer_loading")
+    function_deferred = function.get("defer_loading", None)
+    if function_deferred is None:
+        function_deferred = deferred
+    if function_deferred is not None:
+        dumped["defer_loading"] = function_deferred
+    result: dict[str, Any] = {"type": tool.get("type", "function"), "function": dumped}
+    if deferred is not None:
+        result["defer_loading"] = deferred
+    return result
+
+
+def _completion(body: Mapping[str, Any]) -> list[Prompt]:
+    if body.get("prompt_embeds"):
+        raise PromptError("prompt_embeds", "a prompt given as embeddings has no tokens")
+    if body.get("suffix") is not None:
+        raise PromptError("bad_field", "suffix is not supported by the engine")
+    prompt = body.get("prompt")
+    if not prompt:
+        raise PromptError("no_prompt", "the request has neither messages nor a prompt")
+    special = _flag(body, "add_special_tokens", True)
+    if isinstance(prompt, str):
+        return [TextPrompt(prompt, special)]
+    if not isinstance(prompt, list):
+        raise PromptError("bad_prompt", "prompt must be a string, token ids, or a list of either")
+    if all(isinstance(p, str) for p in prompt):
+        return [TextPrompt(p, special) for p in prompt]
+    if all(isinstance(p, list) for p in prompt):
+        return [_token_prompt(p) for p in prompt]
+    return [_token_prompt(prompt)]
+
+
+def _token_prompt(ids: Any) -> TokenPrompt:
+    if not isinstance(ids, list) or not all(type(i) is int and 0 <= i < 2**32 for i in ids):
+        raise PromptError("bad_prompt", "token ids must be integers from 0 to 2**32 - 1")
+    return TokenPrompt(ids)
+
+
+def _is_text(value: Any) -> bool:
+    """Whether it is a string without half surrogate pairs, which JSON may hold and UTF-8 cannot."""
+    if not isinstance(value, str):
+        return False
+    try:
+        value.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
+def _flag(body: Mapping[str, Any], name: str, default: bool) -> bool:
+    value = body.get(name, default)
+    if not isinstance(value, bool):
+        raise PromptError("bad_field", f"{name} must be true or false")
+    return value
+
+
+def _list_of_objects(body: Mapping[str, Any], name: str) -> list[Mapping[str, str]] | None:
+    value = body.get(name)
+    if value is None:
+        return None
+    if not isinstance(value, list) or not all(isinstance(v, Mapping) for v in value):
+        raise PromptError("bad_field", f"{name} must be a list of objects")
+    return value

@@ -1,0 +1,287 @@
+"""configs/quickstart.yaml as `make up` runs it: HAProxy, two real vLLM replicas, embedded Valkey, the graph."""
+
+from __future__ import annotations
+
+import json
+import re
+import time
+from collections.abc import Iterator
+from typing import Any
+
+import httpx
+import openai
+import psutil
+import pytest
+import redis
+
+from serve_app import local_stack
+from serve_app.index.mirror import Mirror
+from serve_app.prompts.encoder import PromptEncoder
+from serve_app.prompts.prefix_store import PrefixStore
+from serve_app.types import ModelId
+from tests.helpers import eventually
+from tests.integration.conftest import Start, config
+
+pytestmark = [pytest.mark.integration, pytest.mark.timeout(900)]
+
+MODEL = "smollm2-135m-instruct"
+HEADER = "x-kvcache-replica"
+
+
+@pytest.fixture(scope="module")
+def stack(start_stack: Start) -> local_stack.Running:
+    return start_stack(config("quickstart.yaml"), direct=True)
+
+
+@pytest.fixture(scope="module")
+def http(stack: local_stack.Running) -> Iterator[httpx.Client]:
+    with httpx.Client(base_url=stack.url, timeout=120) as client:
+        yield client
+
+
+@pytest.fixture(scope="module")
+def openai_client(stack: local_stack.Running) -> openai.OpenAI:
+    return openai.OpenAI(base_url=f"{stack.url}/v1", api_key="none", timeout=120, max_retries=0)
+
+
+@pytest.fixture(scope="module")
+def valkey_url(stack: local_stack.Running) -> str:
+    """The embedded Valkey's socket, found as any process of the Ray session finds it."""
+    return f"unix://{session_folder(stack)}/kvcache-valkey.sock"
+
+
+def session_folder(stack: local_stack.Running) -> str:
+    commands = (" ".join(child.cmdline()) for child in psutil.Process(stack.pid).children(recursive=True))
+    session = re.search(r"/tmp/ray/session_[\w-]+", " ".join(commands))
+    assert session is not None
+    return session.group()
+
+
+def story(name: str, words: int = 300) -> str:
+    return f"The story of {name}. " + " ".join(
+        f"{name} went {i} steps along the river and rested." for i in range(words // 9)
+    )
+
+
+def ask(client: openai.OpenAI, messages: list[Any], **more: Any) -> tuple[str, Any]:
+    """Replica and answer of a chat request."""
+    raw = client.chat.completions.with_raw_response.create(
+        model=MODEL, messages=messages, max_tokens=8, temperature=0, **more
+    )
+    return raw.headers[HEADER], raw.parse()
+
+
+def score(http: httpx.Client, body: dict[str, Any]) -> dict[str, Any]:
+    answer = http.post("/kvcache/v1/score", json=body)
+    assert answer.status_code == 200, answer.text
+    found: dict[str, Any] = answer.json()
+    return found
+
+
+def test_conversations_stay_with_the_replica_that_holds_them(openai_client: openai.OpenAI) -> None:
+    replicas = set()
+    for name in ("Ada", "Bo", "Cy", "Di"):
+        messages: list[Any] = [{"role": "system", "content": story(name)}]
+        homes = []
+        for turn in range(3):
+            messages.append({"role": "user", "content": f"Question {turn}?"})
+            replica, answer = ask(openai_client, messages)
+            homes.append(replica)
+            cached = answer.usage.prompt_tokens_details.cached_tokens
+            assert turn == 0 or cached >= answer.usage.prompt_tokens - 96
+            messages.append({"role": "assistant", "content": answer.choices[0].message.content})
+            time.sleep(0.3)  # let the blocks reach the index
+        assert len(set(homes)) == 1
+        replicas.add(homes[0])
+    assert len(replicas) == 2  # and cold ones are spread
+
+
+def test_score_finds_the_blocks_of_the_same_request(http: httpx.Client, openai_client: openai.OpenAI) -> None:
+    """OpenAI request -> vLLM's events -> Valkey -> index -> the same request again."""
+    messages = [{"role": "user", "content": story("Eve")}]
+    body = {"model": MODEL, "messages": messages}
+    assert set(score(http, body)["scores"].values()) <= {0, 32}  # the system prompt's block at most
+    replica, answer = ask(openai_client, messages)
+    eventually(lambda: score(http, body)["scores"][replica] > 100)
+    found = score(http, body)
+    assert found["prompt_tokens"] == answer.usage.prompt_tokens
+    full_blocks = answer.usage.prompt_tokens // 32 * 32
+    assert found["pods"][replica]["matched_tokens"] == {"gpu": full_blocks}
+    others = [value for pod, value in found["scores"].items() if pod != replica]
+    assert max(others) <= 32
+    only = score(http, {**body, "pods": [replica, "nobody"]})
+    assert only["scores"] == {replica: full_blocks, "nobody": 0}
+    for strategy, expected in (
+        ("highest_block_hit", full_blocks / 32),
+        ("coverage", full_blocks / found["prompt_tokens"]),
+    ):
+        assert score(http, {**body, "strategy": strategy})["scores"][replica] == pytest.approx(expected)
+
+
+def test_completions_and_token_ids_are_scored_alike(http: httpx.Client, openai_client: openai.OpenAI) -> None:
+    text = story("Fay")
+    raw = openai_client.completions.with_raw_response.create(model=MODEL, prompt=text, max_tokens=2)
+    replica = raw.headers[HEADER]
+    ids = http.post("/tokenize", json={"model": MODEL, "prompt": text}).json()["tokens"]
+    expected = len(ids) // 32 * 32
+    eventually(lambda: score(http, {"model": MODEL, "prompt": text})["scores"][replica] == expected)
+    assert score(http, {"model": MODEL, "prompt": ids})["scores"][replica] == expected
+    assert score(http, {"model": MODEL, "prompt": [text, ids]})["scores"][replica] == 2 * expected
+    raw = openai_client.completions.with_raw_response.create(model=MODEL, prompt=ids, max_tokens=2)
+    assert raw.headers[HEADER] == replica
+
+
+def test_streaming_names_the_replica_and_reports_usage(openai_client: openai.OpenAI) -> None:
+    raw = openai_client.chat.completions.with_raw_response.create(
+        model=MODEL,
+        messages=[{"role": "user", "content": "Count to three."}],
+        max_tokens=6,
+        stream=True,
+        stream_options={"include_usage": True},
+    )
+    assert raw.headers[HEADER]
+    chunks = list(raw.parse())
+    assert sum(bool(chunk.choices and chunk.choices[0].delta.content) for chunk in chunks) > 2
+    assert chunks[-1].usage is not None
+    assert chunks[-1].usage.prompt_tokens_details is not None
+
+
+@pytest.mark.parametrize(
+    ("path", "body", "status"),
+    [
+        ("/v1/chat/completions", b'{"model": ', 400),
+        ("/v1/chat/completions", b"[]", 400),
+        ("/v1/chat/completions", json.dumps({"model": MODEL, "messages": "hello"}).encode(), 400),
+        ("/v1/chat/completions", json.dumps({"model": MODEL, "messages": []}).encode(), 400),
+        ("/v1/chat/completions", json.dumps({"model": MODEL, "messages": [{"role": 1}]}).encode(), 400),
+        (
+            "/v1/chat/completions",
+            json.dumps({"model": "nobody", "messages": [{"role": "user", "content": "x"}]}).encode(),
+            404,
+        ),
+        ("/v1/completions", json.dumps({"model": MODEL, "prompt": "word " * 20_000}).encode(), 400),
+        ("/v1/completions", json.dumps({"model": MODEL, "prompt": [[1, 2], "x"]}).encode(), 400),
+        ("/v1/completions", json.dumps({"model": MODEL, "prompt": [-1, 2**40]}).encode(), 400),
+        ("/v1/completions", json.dumps({"model": MODEL, "prompt": {"a": 1}}).encode(), 400),
+        ("/kvcache/v1/score", b"[1]", 400),
+        ("/kvcache/v1/score", b"{", 400),
+        ("/kvcache/v1/score", json.dumps({"model": MODEL}).encode(), 400),
+        ("/kvcache/v1/score", json.dumps({"model": MODEL, "prompt": "x", "strategy": "best"}).encode(), 400),
+        ("/kvcache/v1/score", json.dumps({"model": MODEL, "prompt": "x", "pods": "a"}).encode(), 400),
+        (
+            "/kvcache/v1/score",
+            json.dumps({"model": MODEL, "messages": [{"role": "user", "content": {"a": 1}}]}).encode(),
+            400,
+        ),
+    ],
+)
+def test_bad_input_is_a_clear_4xx_and_harms_nothing(
+    http: httpx.Client, openai_client: openai.OpenAI, path: str, body: bytes, status: int
+) -> None:
+    answer = http.post(path, content=body, headers={"content-type": "application/json"})
+    assert answer.status_code == status, answer.text
+    assert answer.json()["error"]["message"]
+    ask(openai_client, [{"role": "user", "content": "Still well?"}])
+
+
+def test_models_and_tokenize_are_vllms(http: httpx.Client) -> None:
+    assert [model["id"] for model in http.get("/v1/models").json()["data"]] == [MODEL]
+    assert http.post("/tokenize", json={"model": MODEL, "prompt": "hello"}).json()["count"] >= 1
+
+
+def test_long_bodies(http: httpx.Client, openai_client: openai.OpenAI) -> None:
+    """1 MiB is routed by its prefix; 9 MiB is more than the router gets to see, and is answered all the same."""
+    messages = [{"role": "user", "content": story("Gil")}]
+    replica, _ = ask(openai_client, messages)
+    time.sleep(0.5)
+    for size, routed in ((2**20, True), (9 * 2**20, False)):
+        body = {"model": MODEL, "messages": messages, "max_tokens": 2, "user": "x" * size}
+        answer = http.post("/v1/chat/completions", json=body)
+        assert answer.status_code == 200, answer.text[:300]
+        assert answer.json()["usage"]["prompt_tokens"] > 100
+        if routed:
+            assert answer.headers[HEADER] == replica
+
+
+def test_metrics_are_on_rays_prometheus_endpoint(stack: local_stack.Running) -> None:
+    session = session_folder(stack)
+
+    def exported() -> str:
+        with open(f"{session}/prom_metrics_service_discovery.json") as file:
+            targets = json.load(file)[0]["targets"]
+        return "".join(httpx.get(f"http://{target}/metrics", timeout=10).text for target in targets)
+
+    for name in (
+        'kvcache_router_decisions_total{.*outcome="hit"',
+        'kvcache_router_decisions_total{.*outcome="miss"',
+        'kvcache_router_decisions_total{.*outcome="fallback"',
+        "kvcache_router_prompt_tokens_total{",
+        'kvcache_router_matched_tokens_total{.*tier="gpu"',
+        'kvcache_router_stage_latency_seconds_bucket{.*stage="prompt"',
+        'kvcache_index_blocks{.*tier="gpu"',
+        "kvcache_index_log_lag_seconds{",
+        'kvcache_publisher_events_total{.*result="applied"',
+    ):
+        eventually(lambda name=name: re.search(name, exported()), 30)
+
+
+def test_a_mirror_that_starts_late_holds_the_full_index(
+    valkey_url: str, http: httpx.Client, openai_client: openai.OpenAI, model_path: str
+) -> None:
+    messages = [{"role": "user", "content": story("Hal")}]
+    replica, answer = ask(openai_client, messages)
+    body = {"model": MODEL, "messages": messages}
+    eventually(lambda: score(http, body)["scores"][replica] > 100)
+    late = Mirror(valkey_url, ModelId(MODEL))
+    late.start()
+    assert late.wait_ready(5)
+    spec = late.spec()
+    assert spec is not None
+    (encoded,) = PromptEncoder(spec, PrefixStore(1 << 20)).encode(body)
+    assert encoded.token_count == answer.usage.prompt_tokens
+    found = {pod: match.total_tokens for pod, match in late.match(encoded.block_keys).items()}
+    late.close()
+    assert found == score(http, body)["scores"]
+
+
+def test_without_redis_requests_are_served_and_the_index_heals(
+    stack: local_stack.Running, valkey_url: str, http: httpx.Client, openai_client: openai.OpenAI
+) -> None:
+    messages = [{"role": "user", "content": story("Ivy")}]
+    replica, _ = ask(openai_client, messages)
+    body = {"model": MODEL, "messages": messages}
+    eventually(lambda: score(http, body)["scores"][replica] > 100)
+    client = redis.Redis.from_url(valkey_url)
+    with pytest.raises(redis.ConnectionError):
+        client.shutdown(nosave=True)
+        client.ping()
+    assert ask(openai_client, messages)[0] == replica  # mirrors serve on
+    ask(openai_client, [{"role": "user", "content": story("Jan")}])
+    eventually(lambda: score(http, body)["scores"].get(replica, 0) > 100, 90)  # Serve has started it again
+    assert ask(openai_client, messages)[0] == replica
+
+
+def test_a_killed_replica_is_gone_from_the_index_and_requests_go_on(
+    stack: local_stack.Running, http: httpx.Client, openai_client: openai.OpenAI
+) -> None:
+    messages = [{"role": "user", "content": story("Kim")}]
+    replica, _ = ask(openai_client, messages)
+    body = {"model": MODEL, "messages": messages}
+    eventually(lambda: score(http, body)["scores"][replica] > 100)
+    victim = _replica_process(stack, replica)
+    victim.kill()
+    eventually(lambda: replica not in score(http, body)["scores"], 5)
+    eventually(lambda: _answers(http, body), 60)
+    eventually(lambda: len(http.get("/kvcache/v1/pods").json()["pods"]) == 2, 240)  # Serve has replaced it
+
+
+def _answers(http: httpx.Client, body: dict[str, Any]) -> bool:
+    return http.post("/v1/chat/completions", json={**body, "max_tokens": 2}).status_code == 200
+
+
+def _replica_process(stack: local_stack.Running, replica: str) -> psutil.Process:
+    """The Serve replica's process: the parent of the publisher that publishes under its name."""
+    log = open(stack.log).read()
+    found = re.search(rf"pid=(\d+)\)[^\n]*joined {MODEL} as {replica} ", log)
+    assert found is not None
+    return psutil.Process(int(found.group(1)))

@@ -1,0 +1,132 @@
+"""What only the in-memory index has: liveness, sweeping of given-up bits, and the cap."""
+
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from serve_app.index.memory import MemoryIndex
+from serve_app.types import CPU, GPU, DomainId, Epoch, PodId, Tier
+from tests.helpers import keys, pod
+
+A, B = PodId("a"), PodId("b")
+E1 = Epoch(1)
+
+
+def test_a_domain_without_a_lease_matches_nothing_and_keeps_its_blocks() -> None:
+    index = MemoryIndex()
+    index.join(pod("a"))
+    index.add(DomainId("a"), E1, GPU, keys(1))
+    index.set_live(DomainId("a"), False)
+    assert index.match(keys(1)) == {}
+    assert index.match(keys(1), [A])[A].total_tokens == 0
+    index.set_live(DomainId("a"), True)
+    assert index.match(keys(1))[A].total_tokens == 4
+
+
+def test_registering_a_domain_again_under_its_epoch_keeps_its_blocks() -> None:
+    index = MemoryIndex()
+    index.join(pod("a"))
+    index.add(DomainId("a"), E1, GPU, keys(1))
+    index.join(pod("a"))
+    assert index.match(keys(1))[A].total_tokens == 4
+
+
+def test_sweeping_frees_what_departed_domains_held_and_nothing_else() -> None:
+    index = MemoryIndex()
+    for name in ("a", "b"):
+        index.join(pod(name))
+    index.add(DomainId("a"), E1, GPU, keys(*range(50_000)))
+    index.add(DomainId("b"), E1, GPU, keys(*range(10)))
+    index.leave(DomainId("a"), E1)
+    assert index.block_counts() == {GPU: 50_000}
+    while index.sweep():
+        assert index.match(keys(*range(20)))[B].total_tokens == 40
+    assert index.block_counts() == {GPU: 10}
+
+
+def test_bits_are_reused_after_a_sweep_only() -> None:
+    index = MemoryIndex()
+    for epoch in range(1, 200):
+        index.join(pod("a", epoch))
+        index.add(DomainId("a"), Epoch(epoch), GPU, keys(epoch))
+        assert index.match(keys(epoch - 1))[A].total_tokens == 0
+        while index.sweep():
+            pass
+    assert index._members[DomainId("a")].mask <= 2
+
+
+def test_the_cap_evicts_the_oldest_and_counts() -> None:
+    index = MemoryIndex(max_blocks=1000)
+    index.join(pod("a"))
+    for start in range(0, 3000, 100):
+        index.add(DomainId("a"), E1, GPU, keys(*range(start, start + 100)))
+    (held,) = index.block_counts().values()
+    assert held <= 1000
+    assert index.evicted_blocks == 3000 - held
+    assert index.match(keys(2999))[A].total_tokens == 4
+    assert index.match(keys(0))[A].total_tokens == 0
+
+
+names = st.sampled_from(["a", "b", "c"])
+some_keys = st.lists(st.integers(0, 12), max_size=8)
+operations = st.lists(
+    st.one_of(
+        st.tuples(st.sampled_from(["add", "remove"]), names, st.sampled_from([GPU, CPU]), some_keys),
+        st.tuples(st.sampled_from(["clear", "leave", "join", "down", "up", "sweep"]), names),
+    ),
+    max_size=40,
+)
+
+
+@settings(max_examples=300, deadline=None)
+@given(operations, some_keys)
+def test_equals_a_plain_model(history: list[tuple[object, ...]], prompt: list[int]) -> None:
+    """Against sets of blocks, with the matching rule written out: tier after tier, each going on from the last."""
+    index = MemoryIndex(tier_order=(GPU, CPU))
+    model: dict[str, dict[Tier, set[int]]] = {}
+    epochs = dict.fromkeys("abc", 0)
+    down: set[str] = set()
+    for operation, name, *rest in history:
+        assert isinstance(name, str)
+        domain, epoch = DomainId(name), Epoch(epochs[name])
+        match operation:
+            case "join":
+                epochs[name] += 1
+                model[name] = {GPU: set(), CPU: set()}
+                down.discard(name)
+                index.join(pod(name, epochs[name]))
+            case "leave":
+                model.pop(name, None)
+                index.leave(domain, epoch)
+            case "clear":
+                if name in model:
+                    model[name] = {GPU: set(), CPU: set()}
+                index.clear(domain, epoch)
+            case "down":
+                down.add(name)
+                index.set_live(domain, False)
+            case "up":
+                down.discard(name)
+                index.set_live(domain, True)
+            case "sweep":
+                index.sweep()
+            case "add" | "remove":
+                tier, numbers = rest
+                if name in model:
+                    blocks = model[name][tier]  # type: ignore[index]
+                    (blocks.update if operation == "add" else blocks.difference_update)(numbers)  # type: ignore[call-overload]
+                change = index.add if operation == "add" else index.remove
+                change(domain, epoch, tier, keys(*numbers))  # type: ignore[arg-type, misc]
+        down &= model.keys()
+
+    found = index.match(keys(*prompt), count_hits=True)
+    assert found.keys() == {name for name in model if name not in down}
+    for name, match in found.items():
+        start = 0
+        for tier in (GPU, CPU):
+            end = start
+            while end < len(prompt) and prompt[end] in model[name][tier]:
+                end += 1
+            assert match.tokens.get(tier, 0) == (end - start) * 4
+            start = end
+        held = model[name][GPU] | model[name][CPU]
+        assert match.hit_blocks == sum(number in held for number in prompt)
