@@ -7,6 +7,7 @@
 """
 
 import logging
+from typing import Any
 
 from pydantic import ValidationError
 from ray import serve
@@ -22,6 +23,8 @@ from serve_app.model import resolve_model
 
 logger = logging.getLogger("ray.serve")
 
+_HEALTH_CHECK_S = 2.0  # Serve acts on the third failure
+
 _ROUTER = "serve_app.deployments.request_router.KVCacheAwareRouter"
 _REPLICA = "serve_app.deployments.vllm_replica.VLLMReplica"
 _INGRESS = "serve_app.deployments.openai_ingress.KVCacheIngress"
@@ -30,18 +33,22 @@ _INGRESS = "serve_app.deployments.openai_ingress.KVCacheIngress"
 def build_kvcache(args: GraphArgs) -> Application:
     """The graph, and with `redis_url: embedded` the Valkey that it needs."""
     redis_url = resolve_redis_url(args.redis_url)
-    options = {"num_cpus": args.num_cpus}
 
-    def deployment(cls: type, replicas: int = 1, **more: object) -> serve.Deployment:
-        return serve.deployment(cls, num_replicas=replicas, ray_actor_options=options, **more)
+    def deployment(cls: type, replicas: int = 1) -> Any:
+        return serve.deployment(
+            num_replicas=replicas,
+            ray_actor_options={"num_cpus": args.num_cpus},
+            max_ongoing_requests=256,
+            health_check_period_s=_HEALTH_CHECK_S,
+        )(cls)
 
     tokenizer = deployment(Tokenizer, args.tokenizer_replicas).bind()
-    prefix_store = deployment(PrefixStore, args.prefix_store_replicas, max_ongoing_requests=256).bind(args, tokenizer)
-    block_index = deployment(BlockIndex, args.block_index_replicas, max_ongoing_requests=256).bind(args, redis_url)
-    scorer = deployment(Scorer, args.scorer_replicas, max_ongoing_requests=256)
-    if args.redis_url == EMBEDDED:
-        return scorer.bind(args, prefix_store, block_index, deployment(EmbeddedRedis).bind(redis_url))
-    return scorer.bind(args, prefix_store, block_index)
+    prefix_store = deployment(PrefixStore, args.prefix_store_replicas).bind(args, tokenizer)
+    block_index = deployment(BlockIndex, args.block_index_replicas).bind(args, redis_url)
+    scorer = deployment(Scorer, args.scorer_replicas)
+    redis = deployment(EmbeddedRedis).bind(redis_url) if args.redis_url == EMBEDDED else None
+    graph: Application = scorer.bind(args, prefix_store, block_index, redis)
+    return graph
 
 
 def build_llm(args: LLMArgs) -> Application:

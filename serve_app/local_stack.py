@@ -6,6 +6,7 @@ down its process id. Stopping asks it to end, waits, and then ends what is left 
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import signal
@@ -241,7 +242,5 @@ def _wait_gone(processes: list[psutil.Process], timeout_s: float) -> list[psutil
 
 
 def _send(process: psutil.Process, number: signal.Signals) -> None:
-    try:
+    with contextlib.suppress(psutil.NoSuchProcess):
         process.send_signal(number)
-    except psutil.NoSuchProcess:
-        pass

@@ -43,6 +43,7 @@ class EngineSpec:
     tokenizer: str  # path or Hugging Face id
     chat_template: str | None = None  # Jinja source that overrides the tokenizer's own
     content_format: str = "auto"  # vLLM's --chat-template-content-format: auto | string | openai
+    template_kwargs: str = ""  # vLLM's --default-chat-template-kwargs, as JSON
 
 
 @dataclass(frozen=True, slots=True)

@@ -19,15 +19,16 @@ def resolve_redis_url(url: str) -> str:
     """
     if url != EMBEDDED:
         return url
-    nodes = sum(bool(node["Alive"]) for node in ray.nodes())
+    nodes = sum(bool(node["Alive"]) for node in ray.nodes())  # type: ignore[no-untyped-call]
     if nodes > 1:
         raise ConfigError(
             f"redis_url: embedded works on one node, and this Ray cluster has {nodes}; "
             "set redis_url: redis://HOST:6379 to a Redis or Valkey that all of them reach"
         )
     # Ray has no public call for its session folder.
-    session = ray._private.worker.global_worker.node.get_session_dir_path()
-    return f"{_SCHEME}{session}/kvcache-valkey.sock"
+    node = ray._private.worker.global_worker.node
+    assert node is not None
+    return f"{_SCHEME}{node.get_session_dir_path()}/kvcache-valkey.sock"
 
 
 class EmbeddedRedis:

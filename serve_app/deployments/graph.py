@@ -13,7 +13,7 @@ from ray.serve.handle import DeploymentHandle
 from serve_app.blocks import split_keys
 from serve_app.config import GraphArgs
 from serve_app.deployments.metrics import IndexMetrics
-from serve_app.errors import StoreError
+from serve_app.errors import PromptError, StoreError
 from serve_app.index.mirror import Mirror
 from serve_app.indexer import EncodedKeys
 from serve_app.prompts.encoder import PromptEncoder
@@ -26,7 +26,7 @@ STALE_AFTER_S = 30.0  # a BlockIndex that has not heard from Redis for so long s
 
 
 class Tokenizer:
-    """Text segments -> token ids, off everybody else's event loop."""
+    """Text segments -> token ids, in a process of its own."""
 
     def __init__(self) -> None:
         self._models: dict[str, TokenizerModel] = {}
@@ -42,12 +42,19 @@ class Tokenizer:
 class PrefixStore:
     """Request body -> block keys; only text that was not seen before goes to the Tokenizer."""
 
-    def __init__(self, args: GraphArgs, tokenizer: DeploymentHandle) -> None:
+    def __init__(self, args: GraphArgs, tokenizer: DeploymentHandle[Any]) -> None:
         self._tokenizer = tokenizer
         self._store = Store(args.prefix_store_bytes)
         self._encoders: dict[EngineSpec, PromptEncoder] = {}
 
-    async def encode(self, body: dict[str, Any], spec: EngineSpec) -> list[EncodedKeys]:
+    async def encode(self, body: dict[str, Any], spec: EngineSpec) -> list[EncodedKeys] | PromptError:
+        """Keys of every prompt. A PromptError is returned: Serve would log what is raised as a failure of ours."""
+        try:
+            return await self._encode(body, spec)
+        except PromptError as error:
+            return error
+
+    async def _encode(self, body: dict[str, Any], spec: EngineSpec) -> list[EncodedKeys]:
         encoder = self._encoders.get(spec)
         if encoder is None:
             encoder = self._encoders[spec] = await asyncio.to_thread(PromptEncoder, spec, self._store)

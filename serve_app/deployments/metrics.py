@@ -10,6 +10,7 @@ from collections.abc import Callable, Mapping
 from ray.util.metrics import Counter, Gauge, Histogram
 
 from serve_app.index.mirror import Mirror
+from serve_app.types import Tier
 
 FLUSH_S = 1.0
 _LATENCY_BOUNDARIES_S = [0.0001, 0.0002, 0.0005, 0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0]
@@ -62,7 +63,7 @@ class RouterMetrics:
             self._decisions[outcome, reason] += 1
         self._latency.observe(total_s, {"stage": "total"})
 
-    def scored(self, prompt_tokens: int, matched: Mapping[str, int], stage_s: Mapping[str, float]) -> None:
+    def scored(self, prompt_tokens: int, matched: Mapping[Tier, int], stage_s: Mapping[str, float]) -> None:
         with self._lock:
             self._tokens["prompt"] += prompt_tokens
             for tier, tokens in matched.items():

@@ -142,7 +142,7 @@ class KVCacheAwareRouter(MultiplexMixin, RequestRouter):
 
     async def _load_tokenizer(self, mirror: Mirror, prompts: LocalPrompts) -> None:
         """Load the tokenizer as soon as an engine has said which, before the first request needs it."""
-        while (spec := mirror.spec()) is None:
+        while (spec := mirror.spec()) is None:  # noqa: ASYNC110  # it is a thread that sets it
             await asyncio.sleep(0.1)
         try:
             await prompts.encoder(spec)

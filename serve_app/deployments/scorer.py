@@ -11,7 +11,6 @@ from fastapi import FastAPI, Request
 from fastapi.responses import JSONResponse
 from pydantic import BaseModel, Field, ValidationError
 from ray import serve
-from ray.exceptions import RayTaskError
 from ray.serve.handle import DeploymentHandle
 
 from serve_app.config import GraphArgs
@@ -46,18 +45,6 @@ class _Extra(BaseModel):
 
 
 # Above the class: serve.ingress pickles the endpoints with what they refer to at that moment.
-def _refusal(error: Exception) -> JSONResponse:
-    """An error of a stage, wherever it ran, as an answer."""
-    cause = error.cause if isinstance(error, RayTaskError) else error
-    match cause:
-        case PromptError():
-            return _error(400, cause.reason, str(cause))
-        case IndexUnavailable():
-            return _error(503, "index_unavailable", str(cause))
-        case _:
-            raise error
-
-
 def _error(status: int, code: str, message: str) -> JSONResponse:
     """OpenAI's error shape."""
     return JSONResponse({"error": {"message": message, "type": "invalid_request_error", "code": code}}, status)
@@ -70,9 +57,9 @@ class Scorer:
     def __init__(
         self,
         args: GraphArgs,
-        prefix_store: DeploymentHandle,
-        block_index: DeploymentHandle,
-        redis: DeploymentHandle | None = None,
+        prefix_store: DeploymentHandle[Any],
+        block_index: DeploymentHandle[Any],
+        redis: DeploymentHandle[Any] | None = None,
     ) -> None:
         self._model = args.model
         self._block_index = block_index
@@ -91,17 +78,21 @@ class Scorer:
         pods = None if extra.pods is None else [PodId(pod) for pod in extra.pods]
         try:
             scored = await self._indexer.score(body, pods, extra.strategy)
-        except (PromptError, IndexUnavailable, RayTaskError) as error:
-            return _refusal(error)
+        except PromptError as error:
+            return _error(400, error.reason, str(error))
+        except IndexUnavailable as error:
+            return _error(503, "index_unavailable", str(error))
         return ScoreAnswer(
             model=self._model,
             strategy=extra.strategy or self._indexer.strategy,
             prompt_tokens=scored.prompt_tokens,
             block_size=scored.block_size,
-            scores=dict(scored.scores),
+            scores={str(pod): value for pod, value in scored.scores.items()},
             pods={
-                pod: PodScore(score=scored.scores[pod], matched_tokens=dict(scored.matched_tokens[pod]))
-                for pod in scored.scores
+                str(pod): PodScore(
+                    score=value, matched_tokens={str(tier): n for tier, n in scored.matched_tokens[pod].items()}
+                )
+                for pod, value in scored.scores.items()
             },
         )
 

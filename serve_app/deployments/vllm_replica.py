@@ -6,6 +6,7 @@ takes the replica out of the index when the pipe ends, however this process came
 """
 
 import asyncio
+import json
 import logging
 import shutil
 import sys
@@ -36,7 +37,7 @@ RESTART_S = 1.0
 class VLLMReplica(LLMServer):
     """`server_cls` of an LLMConfig whose request router is KVCacheAwareRouter; both read the same settings."""
 
-    async def __init__(self, llm_config: LLMConfig, **kwargs: Any) -> None:
+    async def __init__(self, llm_config: LLMConfig, **kwargs: Any) -> None:  # type: ignore[misc]  # Ray awaits it
         self._settings = router_settings(llm_config)
         self._pod = serve.get_replica_context().replica_id.unique_id
         self._sockets = Path(tempfile.mkdtemp(prefix="kvcache-"))
@@ -50,23 +51,22 @@ class VLLMReplica(LLMServer):
             }
         )
         # The engine's own figure of what was cached, in every answer's usage.
-        llm_config.get_engine_config().frontend_kwargs.setdefault("enable_prompt_tokens_details", True)
+        _frontend_kwargs(llm_config).setdefault("enable_prompt_tokens_details", True)
         await super().__init__(llm_config, **kwargs)
 
     async def start(self) -> None:
-        await super().start()
+        await super().start()  # type: ignore[no-untyped-call]
         self._supervisor = asyncio.create_task(self._run_publisher())
 
     async def __serve_build_asgi_app__(self) -> Any:
-        app = await super().__serve_build_asgi_app__()
+        app = await super().__serve_build_asgi_app__()  # type: ignore[no-untyped-call]
         app.middleware_stack = None  # vLLM has built it already; Starlette builds it again with ours
         app.add_middleware(_ReplicaHeader, name=self._pod)
         return app
 
     def _publisher_config(self) -> PublisherConfig:
-        engine_config = self._llm_config.get_engine_config()
-        frontend = engine_config.frontend_kwargs
-        vllm_config = self.engine._engine_client.vllm_config
+        frontend = _frontend_kwargs(self._llm_config)
+        vllm_config = self._engine_client().vllm_config
         return PublisherConfig(
             redis_url=resolve_redis_url(self._settings.redis_url),
             model=self._settings.model,
@@ -77,8 +77,14 @@ class VLLMReplica(LLMServer):
             tokenizer=vllm_config.model_config.tokenizer,
             chat_template=load_chat_template(frontend.get("chat_template")),
             content_format=frontend.get("chat_template_content_format", "auto"),
-            address=ray.util.get_node_ip_address(),
+            template_kwargs=json.dumps(kwargs) if (kwargs := frontend.get("default_chat_template_kwargs")) else "",
+            address=ray.util.get_node_ip_address(),  # type: ignore[no-untyped-call]
         )
+
+    def _engine_client(self) -> Any:
+        """vLLM's AsyncLLM. Ray has no public way to it."""
+        engine: Any = self.engine
+        return engine._engine_client
 
     async def _run_publisher(self) -> None:
         """Keep a publisher running as long as this replica lives."""
@@ -103,7 +109,7 @@ class VLLMReplica(LLMServer):
 
     async def _feed_load(self, process: asyncio.subprocess.Process, pipe: asyncio.StreamWriter) -> None:
         """Tell the publisher how many requests the engine has, whenever that changes."""
-        requests = self.engine._engine_client.output_processor
+        requests = self._engine_client().output_processor
         told = None
         while process.returncode is None:
             now = requests.get_num_unfinished_requests()
@@ -114,9 +120,17 @@ class VLLMReplica(LLMServer):
             await asyncio.sleep(LOAD_POLL_S)
 
     async def __del__(self) -> None:
-        if getattr(self, "_supervisor", None) is not None:
-            self._supervisor.cancel()
+        supervisor: asyncio.Task[None] | None = getattr(self, "_supervisor", None)
+        if supervisor is not None:
+            supervisor.cancel()
         await super().__del__()
+
+
+def _frontend_kwargs(llm_config: Any) -> dict[str, Any]:
+    """vLLM's server arguments, as the replica will use them."""
+    config: Any = llm_config.get_engine_config()
+    arguments: dict[str, Any] = config.frontend_kwargs
+    return arguments
 
 
 def router_settings(llm_config: LLMConfig) -> RouterSettings:

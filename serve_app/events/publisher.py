@@ -48,6 +48,7 @@ class PublisherConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     tokenizer: str = ""  # path or Hugging Face id; empty: the model's name
     chat_template: str | None = None
     content_format: str = "auto"
+    template_kwargs: str = ""  # JSON
     address: str = ""
     lease_ttl_s: float = LEASE_TTL_S
 
@@ -171,6 +172,7 @@ class Publisher:
             config.tokenizer or config.model,
             config.chat_template,
             config.content_format,
+            config.template_kwargs,
         )
         domain = Domain(DomainId(config.pod), Epoch(self._last_epoch), spec, PodId(config.pod), config.address)
         self._writer.join(domain)

@@ -28,6 +28,7 @@ class DomainRecord(msgspec.Struct, array_like=True, frozen=True):
     chat_template: str | None = None
     content_format: str = "auto"
     tiers: tuple[str, ...] = ()  # tiers that may have a blocks set in this epoch
+    template_kwargs: str = ""
 
     @classmethod
     def of(cls, domain: Domain, tiers: tuple[str, ...] = ()) -> DomainRecord:
@@ -42,6 +43,7 @@ class DomainRecord(msgspec.Struct, array_like=True, frozen=True):
             spec.chat_template,
             spec.content_format,
             tiers,
+            spec.template_kwargs,
         )
 
     def domain(self, domain_id: DomainId) -> Domain:
@@ -49,7 +51,12 @@ class DomainRecord(msgspec.Struct, array_like=True, frozen=True):
             id=domain_id,
             epoch=Epoch(self.epoch),
             spec=EngineSpec(
-                ModelId(self.model), self.block_size, self.tokenizer, self.chat_template, self.content_format
+                ModelId(self.model),
+                self.block_size,
+                self.tokenizer,
+                self.chat_template,
+                self.content_format,
+                self.template_kwargs,
             ),
             pod=None if self.pod is None else PodId(self.pod),
             address=self.address,

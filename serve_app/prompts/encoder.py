@@ -10,6 +10,7 @@ between, so that the caller may have that done elsewhere:
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -29,6 +30,7 @@ MAX_PROMPT_CHARS = 8 * 2**20  # what HAProxy hands over at most; some 2M tokens
 class Prepared:
     """A prompt that is rendered and looked up. Token prompts are finished already."""
 
+    segments: list[Segment]  # the whole prompt text; none for token ids
     missing: list[Segment]  # to be tokenized
     lookup: Lookup | None
     encoded: EncodedPrompt | None
@@ -37,22 +39,18 @@ class Prepared:
 class PromptEncoder:
     """All that is needed to score the prompts of one model. Safe to call from several threads."""
 
-    def __init__(
-        self, spec: EngineSpec, store: PrefixStore, default_chat_template_kwargs: Mapping[str, Any] | None = None
-    ) -> None:
+    def __init__(self, spec: EngineSpec, store: PrefixStore) -> None:
         """Loads the tokenizer: some seconds, call it in a thread.
 
         Args:
             spec: of the engine whose block keys are wanted.
             store: may be shared by encoders of several models.
-            default_chat_template_kwargs: vLLM's `--default-chat-template-kwargs`.
         """
         self.spec = spec
         self._store = store
         self._tokenizer = Tokenizer(spec.tokenizer)
-        self._renderer = ChatRenderer(
-            spec.tokenizer, spec.chat_template, spec.content_format, default_chat_template_kwargs
-        )
+        template_kwargs = json.loads(spec.template_kwargs) if spec.template_kwargs else None
+        self._renderer = ChatRenderer(spec.tokenizer, spec.chat_template, spec.content_format, template_kwargs)
 
     def prepare(self, body: Mapping[str, Any]) -> list[Prepared]:
         """Parse, render, split and look up.
@@ -83,10 +81,10 @@ class PromptEncoder:
         if isinstance(prompt, TokenPrompt):
             packed = pack_tokens(prompt.token_ids)
             keys = block_keys(packed, self.spec.block_size, root)
-            return Prepared([], None, EncodedPrompt(keys, len(prompt.token_ids), 0, (packed,)))
+            return Prepared([], [], None, EncodedPrompt(keys, len(prompt.token_ids), 0, (packed,)))
         text = self._renderer.render(prompt) if isinstance(prompt, ChatPrompt) else prompt.text
         if len(text) > MAX_PROMPT_CHARS:
             raise PromptError("too_long", f"the prompt has {len(text)} characters, more than {MAX_PROMPT_CHARS}")
         segments = self._tokenizer.split(text, prompt.add_special_tokens)
         lookup = self._store.lookup(root, segments, self.spec.block_size, self.spec.tokenizer)
-        return Prepared(lookup.missing, lookup, None)
+        return Prepared(segments, lookup.missing, lookup, None)

@@ -7,11 +7,11 @@ from typing import Protocol
 
 import pytest
 
+from serve_app.index.keyspace import HeartbeatRecord
 from serve_app.index.memory import MemoryIndex
 from serve_app.index.mirror import Mirror
 from serve_app.index.redis_writer import RedisWriter
-from serve_app.index.keyspace import HeartbeatRecord
-from serve_app.types import CPU, GPU, BlockKey, Domain, DomainId, Epoch, PodId, Tier
+from serve_app.types import CPU, GPU, BlockKey, DomainId, Epoch, PodId, Tier
 from tests.helpers import MODEL, eventually, keys, pod
 
 A, B = PodId("a"), PodId("b")

