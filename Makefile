@@ -11,7 +11,7 @@ ARGS ?=
 
 .PHONY: help
 help: ## show this list
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  \033[36m%-14s\033[0m %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  \033[36m%-16s\033[0m %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
 	@echo
 	@echo "  ARGS=... is handed on, e.g.  make test ARGS='-k prefix -m \"not integration\"'"
 	@echo "  KVCACHE_EXTRA=cpu|gpu chooses the engine (default: gpu where nvidia-smi works)."
@@ -44,6 +44,10 @@ down: setup ## stop what `make up` started
 test: setup ## all tests; real Valkey, real Ray, real vLLM
 	@$(BIN)/python -m pytest $(ARGS)
 
+.PHONY: test-parity
+test-parity: setup ## prompts against real vLLM, every tokenizer family and all generated cases
+	@KVCACHE_PARITY=full $(BIN)/python -m pytest tests/integration/test_prompt_parity.py $(ARGS)
+
 .PHONY: check
 check: format-check lint types contracts test ## everything CI checks
 
@@ -71,6 +75,10 @@ contracts: setup ## import-linter: the layering of docs/architecture.md
 .PHONY: bench
 bench: setup ## every benchmarks/bench_*.py; results go to benchmarks/results
 	@shopt -s nullglob; for script in benchmarks/bench_*.py; do echo "==> $$script"; $(BIN)/python "$$script" $(ARGS); done
+
+.PHONY: bench-read-path
+bench-read-path: setup ## from body bytes to scored replicas, stage by stage
+	@$(BIN)/python benchmarks/bench_read_path.py $(ARGS)
 
 .PHONY: lock
 lock: ## resolve pyproject.toml afresh and write constraints.txt

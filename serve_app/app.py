@@ -25,6 +25,9 @@ logger = logging.getLogger("ray.serve")
 
 _HEALTH_CHECK_S = 2.0  # Serve acts on the third failure
 
+# One, so that one router sees all requests; it reserves little, as LLMRouter does.
+_INGRESS_OPTIONS = {"num_replicas": 1, "ray_actor_options": {"num_cpus": 0.1}}
+
 _ROUTER = "serve_app.deployments.request_router.KVCacheAwareRouter"
 _REPLICA = "serve_app.deployments.vllm_replica.VLLMReplica"
 _INGRESS = "serve_app.deployments.openai_ingress.KVCacheIngress"
@@ -79,4 +82,5 @@ def build_llm(args: LLMArgs) -> Application:
     if not RAY_SERVE_LLM_ENABLE_DIRECT_STREAMING:
         logger.info("kvcache: direct streaming is off, tokens pass the ordinary ingress (see configs/direct.env)")
         builder["ingress_cls_config"] = {"ingress_cls": _INGRESS}
+        builder["ingress_deployment_config"] = {**_INGRESS_OPTIONS, **args.ingress}
     return build_openai_app(builder)

@@ -179,13 +179,14 @@ def demo(
     documents: Annotated[int, typer.Option(min=1, help="Documents, each talked about in one conversation.")] = 8,
     turns: Annotated[int, typer.Option(min=1, help="Questions per conversation.")] = 6,
     document_tokens: Annotated[int, typer.Option(min=64, help="About this many tokens per document.")] = 1500,
-    port: Annotated[int, typer.Option(help="HTTP port.")] = 8000,
+    port: Annotated[int | None, typer.Option(help="HTTP port; default: any that is free.")] = None,
     output: Annotated[Path, typer.Option(help="Where to write the result.")] = Path("benchmarks/results/demo.json"),
 ) -> None:
     """Conversations about long documents on two real vLLM replicas: round robin, then KV-aware."""
     from serve_app.demo import Workload, run_demo
 
-    run_demo(Workload(documents, turns, document_tokens), load_config(QUICKSTART, port), output)
+    config = load_config(QUICKSTART, port or local_stack.free_port())
+    run_demo(Workload(documents, turns, document_tokens), config, output)
 
 
 def load_config(path: Path, port: int | None = None) -> dict[str, Any]:

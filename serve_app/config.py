@@ -74,3 +74,7 @@ class LLMArgs(_Settings):
     routing: Annotated[dict[str, Any], Field(description="RouterSettings; `model` defaults to the LLM's model id.")] = (
         Field(default_factory=dict)
     )
+    ingress: Annotated[
+        dict[str, Any],
+        Field(description="Serve options of the OpenAI ingress, which is there only without direct streaming."),
+    ] = Field(default_factory=dict)

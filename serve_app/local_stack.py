@@ -167,6 +167,13 @@ def describe(running: Running) -> dict[str, Any] | None:
     return answer
 
 
+def free_port() -> int:
+    """A port of 127.0.0.1 that nobody listens on now."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
 def log_tail(running: Running, lines: int = 30) -> str:
     return "\n".join(Path(running.log).read_text(errors="replace").splitlines()[-lines:])
 

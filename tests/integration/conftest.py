@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import copy
-import socket
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -13,6 +12,7 @@ import pytest
 
 from serve_app import local_stack
 from serve_app.cli import load_config
+from serve_app.local_stack import free_port
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 
@@ -44,9 +44,3 @@ def config(name: str, **engine_kwargs: Any) -> dict[str, Any]:
         if "llm" in app.get("args", {}):
             app["args"]["llm"]["engine_kwargs"].update(engine_kwargs)
     return loaded
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])

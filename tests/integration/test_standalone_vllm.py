@@ -1,0 +1,174 @@
+"""A vLLM server that Ray does not manage, `kvcache publish` beside it: the index against the engine's own figures."""
+
+from __future__ import annotations
+
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from pydoc_data.topics import topics
+from typing import Any
+
+import httpx
+import pytest
+
+from serve_app.index.mirror import Mirror
+from serve_app.local_stack import free_port
+from serve_app.prompts.encoder import PromptEncoder
+from serve_app.prompts.prefix_store import PrefixStore
+from serve_app.types import EngineSpec, ModelId, PodId
+from tests.helpers import eventually
+
+pytestmark = [pytest.mark.integration, pytest.mark.timeout(600)]
+
+MODEL = ModelId("smol")
+POD = PodId("standalone")
+BLOCK = 32
+SETTLE_S = 0.3  # the engine sends its events, the publisher writes them, the mirror reads them
+
+
+class Vllm:
+    def __init__(self, model_path: str, log: Path) -> None:
+        self.port, self.events, self.replay = free_port(), free_port(), free_port()
+        config = (
+            '{"enable_kv_cache_events": true, "publisher": "zmq", '
+            f'"endpoint": "tcp://*:{self.events}", "replay_endpoint": "tcp://*:{self.replay}"}}'
+        )
+        self.process = subprocess.Popen(
+            [
+                *(sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", model_path),
+                *("--served-model-name", MODEL, "--host", "127.0.0.1", "--port", str(self.port)),
+                *("--block-size", str(BLOCK), "--num-gpu-blocks-override", "160", "--max-model-len", "4096"),
+                *("--enforce-eager", "--enable-prompt-tokens-details", "--kv-events-config", config),
+            ],
+            env={
+                **os.environ,
+                "VLLM_CPU_KVCACHE_SPACE": "1",
+                "VLLM_CPU_OMP_THREADS_BIND": "nobind",
+                "VLLM_SERVER_DEV_MODE": "1",  # for /reset_prefix_cache
+            },
+            stdout=log.open("wb"),
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+        )
+        self.url = f"http://127.0.0.1:{self.port}"
+
+    def is_up(self) -> bool:
+        assert self.process.poll() is None
+        try:
+            return httpx.get(f"{self.url}/health", timeout=5).status_code == 200
+        except httpx.HTTPError:
+            return False
+
+    def ask(self, body: dict[str, Any]) -> tuple[int, int]:
+        """Prompt tokens and cached tokens, as the engine counts them."""
+        answer = httpx.post(f"{self.url}/v1/chat/completions", json=body, timeout=120)
+        assert answer.status_code == 200, answer.text
+        usage = answer.json()["usage"]
+        return usage["prompt_tokens"], usage["prompt_tokens_details"]["cached_tokens"] or 0
+
+    def kill(self) -> None:
+        os.killpg(self.process.pid, signal.SIGKILL)
+        self.process.wait(30)
+
+
+@pytest.fixture(scope="module")
+def vllm(model_path: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Vllm]:
+    server = Vllm(model_path, tmp_path_factory.mktemp("vllm") / "log")
+    eventually(server.is_up, 300)
+    yield server
+    if server.process.poll() is None:
+        server.kill()
+
+
+@pytest.fixture
+def publish(vllm: Vllm, redis_url: str, model_path: str) -> Iterator[subprocess.Popen[bytes]]:
+    """The command that the README gives."""
+    process = subprocess.Popen(
+        [
+            *(sys.executable, "-m", "serve_app.cli", "publish", "--redis", redis_url),
+            *("--engine", f"tcp://127.0.0.1:{vllm.events}", "--replay", f"tcp://127.0.0.1:{vllm.replay}"),
+            *("--pod", POD, "--model", MODEL, "--tokenizer", model_path),
+        ]
+    )
+    yield process
+    process.terminate()
+    assert process.wait(10) == 0
+
+
+@pytest.fixture
+def mirror(redis_url: str) -> Iterator[Mirror]:
+    mirror = Mirror(redis_url, MODEL)
+    mirror.start()
+    assert mirror.wait_ready(5)
+    yield mirror
+    mirror.close()
+
+
+@pytest.fixture(scope="module")
+def encoder(model_path: str) -> PromptEncoder:
+    return PromptEncoder(EngineSpec(MODEL, BLOCK, model_path), PrefixStore(1 << 24))
+
+
+def test_the_index_predicts_the_engines_own_figure_under_eviction(
+    vllm: Vllm, publish: subprocess.Popen[bytes], mirror: Mirror, encoder: PromptEncoder
+) -> None:
+    """More conversations than the cache holds, in random order: every prediction is right to the token."""
+    dice = random.Random(7)
+    texts = sorted(topics.values(), key=len)[-10:]
+    histories: list[list[dict[str, str]]] = [[{"role": "system", "content": text[:4000]}] for text in texts]
+    predicted, actual = [], []
+    for turn in range(36):
+        history = histories[dice.randrange(len(histories))]
+        history.append({"role": "user", "content": f"Question {turn}?"})
+        body = {"model": MODEL, "messages": history, "max_tokens": 4, "temperature": 0}
+        (prompt,) = encoder.encode(body)
+        match = mirror.match(prompt.block_keys, [POD])[POD]
+        # vLLM never takes the whole prompt from its cache: the last token is computed, with its block.
+        predicted.append(min(match.total_tokens, (prompt.token_count - 1) // BLOCK * BLOCK))
+        prompt_tokens, cached_tokens = vllm.ask(body)
+        assert prompt_tokens == prompt.token_count
+        actual.append(cached_tokens)
+        history.append({"role": "assistant", "content": "Yes."})
+        time.sleep(SETTLE_S)
+    assert predicted == actual
+    assert sum(cached == 0 for cached in actual[10:]) > 2  # there was pressure
+    assert sum(cached > 500 for cached in actual) > 5  # and there were hits
+    ((_, live, heartbeat),) = mirror.domains()
+    assert live
+    assert heartbeat is not None
+    assert (heartbeat.events_lost, heartbeat.events_skipped) == (0, {})
+
+
+def test_salt_and_reset(vllm: Vllm, publish: subprocess.Popen[bytes], mirror: Mirror, encoder: PromptEncoder) -> None:
+    """`cache_salt` separates keys as it separates vLLM's cache; /reset_prefix_cache empties the index."""
+    text = sorted(topics.values(), key=len)[-20][:2000]
+    bodies = [
+        {"model": MODEL, "messages": [{"role": "user", "content": text}], "max_tokens": 2, **salt}
+        for salt in ({"cache_salt": "red"}, {"cache_salt": "blue"}, {})
+    ]
+
+    def matched() -> list[int]:
+        return [mirror.match(encoder.encode(body)[0].block_keys, [POD])[POD].total_tokens for body in bodies]
+
+    vllm.ask(bodies[0])
+    eventually(lambda: matched()[0] > 300, 20)
+    assert matched()[1:] == [0, 0]
+    assert vllm.ask(bodies[1])[1] == 0
+    assert httpx.post(f"{vllm.url}/reset_prefix_cache", timeout=30).status_code == 200
+    eventually(lambda: matched() == [0, 0, 0])
+
+
+def test_a_killed_engine_is_gone_from_the_index(
+    vllm: Vllm, publish: subprocess.Popen[bytes], mirror: Mirror, encoder: PromptEncoder
+) -> None:
+    """Last in the module: it kills the server."""
+    body = {"model": MODEL, "messages": [{"role": "user", "content": "word " * 300}], "max_tokens": 2}
+    vllm.ask(body)
+    eventually(lambda: mirror.match(encoder.encode(body)[0].block_keys, [POD])[POD].total_tokens > 200, 20)
+    vllm.kill()
+    eventually(lambda: mirror.pods() == [], 5)
