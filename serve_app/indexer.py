@@ -16,6 +16,7 @@ from typing import Any, Protocol
 
 from serve_app.errors import IndexUnavailable
 from serve_app.index.mirror import Mirror
+from serve_app.once import Once
 from serve_app.prompts.encoder import PromptEncoder
 from serve_app.prompts.prefix_store import PrefixStore
 from serve_app.scoring import Strategy, score
@@ -129,15 +130,7 @@ class LocalPrompts:
 
     def __init__(self, store: PrefixStore) -> None:
         self.store = store
-        self._encoders: dict[EngineSpec, asyncio.Task[PromptEncoder]] = {}
-
-    async def encoder(self, spec: EngineSpec) -> PromptEncoder:
-        """The encoder for an engine spec; the first caller loads it, and a caller that gives up does not stop that."""
-        task = self._encoders.get(spec)
-        if task is None or (task.done() and (task.cancelled() or task.exception() is not None)):
-            load = asyncio.to_thread(PromptEncoder, spec, self.store)
-            task = self._encoders[spec] = asyncio.ensure_future(load)
-        return await asyncio.shield(task)
+        self.encoder: Once[EngineSpec, PromptEncoder] = Once(lambda spec: PromptEncoder(spec, store))
 
     async def encode(self, body: Body, spec: EngineSpec) -> list[EncodedKeys]:
         encoder = await self.encoder(spec)

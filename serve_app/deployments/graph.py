@@ -16,6 +16,7 @@ from serve_app.deployments.metrics import IndexMetrics
 from serve_app.errors import PromptError, StoreError
 from serve_app.index.mirror import Mirror
 from serve_app.indexer import EncodedKeys
+from serve_app.once import Once
 from serve_app.prompts.encoder import PromptEncoder
 from serve_app.prompts.prefix_store import PrefixStore as Store
 from serve_app.prompts.tokenizer import Segment
@@ -29,14 +30,12 @@ class Tokenizer:
     """Text segments -> token ids, in a process of its own."""
 
     def __init__(self) -> None:
-        self._models: dict[str, TokenizerModel] = {}
+        self._models: Once[str, TokenizerModel] = Once(TokenizerModel)
 
-    def encode_segments(self, source: str, segments: Sequence[Segment]) -> list[bytes]:
+    async def encode_segments(self, source: str, segments: Sequence[Segment]) -> list[bytes]:
         """Packed token ids of each segment."""
-        model = self._models.get(source)
-        if model is None:
-            model = self._models[source] = TokenizerModel(source)
-        return model.encode_segments(segments)
+        model = await self._models(source)
+        return await asyncio.to_thread(model.encode_segments, segments)
 
 
 class PrefixStore:
@@ -44,8 +43,8 @@ class PrefixStore:
 
     def __init__(self, args: GraphArgs, tokenizer: DeploymentHandle[Any]) -> None:
         self._tokenizer = tokenizer
-        self._store = Store(args.prefix_store_bytes)
-        self._encoders: dict[EngineSpec, PromptEncoder] = {}
+        store = Store(args.prefix_store_bytes)
+        self._encoders: Once[EngineSpec, PromptEncoder] = Once(lambda spec: PromptEncoder(spec, store))
 
     async def encode(self, body: dict[str, Any], spec: EngineSpec) -> list[EncodedKeys] | PromptError:
         """Keys of every prompt. A PromptError is returned: Serve would log what is raised as a failure of ours."""
@@ -55,9 +54,7 @@ class PrefixStore:
             return error
 
     async def _encode(self, body: dict[str, Any], spec: EngineSpec) -> list[EncodedKeys]:
-        encoder = self._encoders.get(spec)
-        if encoder is None:
-            encoder = self._encoders[spec] = await asyncio.to_thread(PromptEncoder, spec, self._store)
+        encoder = await self._encoders(spec)
         answer: list[EncodedKeys] = []
         for prepared in encoder.prepare(body):
             ids: list[bytes] = []

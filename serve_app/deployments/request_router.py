@@ -12,7 +12,6 @@ from collections.abc import Mapping
 from typing import Any
 
 from cachetools import LRUCache
-from ray import serve
 from ray.serve._private.common import DeploymentHandleSource, ReplicaID
 from ray.serve._private.replica_result import ReplicaResult
 from ray.serve._private.request_router.common import PendingRequest
@@ -23,7 +22,7 @@ from ray.serve.request_router import RequestRouter
 from serve_app.config import RouterSettings
 from serve_app.deployments.embedded_redis import resolve_redis_url
 from serve_app.deployments.metrics import IndexMetrics, RouterMetrics
-from serve_app.deployments.stages import RemoteIndex, RemotePrompts
+from serve_app.deployments.stages import RemoteIndex, RemotePrompts, graph_handle
 from serve_app.errors import IndexUnavailable, PromptError
 from serve_app.index.mirror import Mirror
 from serve_app.indexer import Indexer, IndexStage, LocalIndex, LocalPrompts, PromptStage, Scored
@@ -71,9 +70,9 @@ class KVCacheAwareRouter(MultiplexMixin, RequestRouter):
         prompts: PromptStage = LocalPrompts(PrefixStore(settings.prefix_store_bytes))
         index: IndexStage = LocalIndex(self._mirror)
         if settings.prefix_lookup == "deployment":
-            prompts = RemotePrompts(serve.get_deployment_handle("PrefixStore", settings.graph_app))
+            prompts = RemotePrompts(graph_handle("PrefixStore", settings.graph_app))
         if settings.index_query == "deployment":
-            index = RemoteIndex(serve.get_deployment_handle("BlockIndex", settings.graph_app))
+            index = RemoteIndex(graph_handle("BlockIndex", settings.graph_app))
         self._indexer = Indexer(prompts, index, settings.strategy)
         if isinstance(prompts, LocalPrompts) and settings.policy is Policy.KV_AWARE:
             self._keep(self._event_loop.create_task(self._load_tokenizer(self._mirror, prompts)))

@@ -63,7 +63,7 @@ class Scorer:
     ) -> None:
         self._model = args.model
         self._block_index = block_index
-        self._indexer = Indexer(RemotePrompts(prefix_store), RemoteIndex(block_index), args.strategy)
+        self._indexer = Indexer(RemotePrompts(lambda: prefix_store), RemoteIndex(lambda: block_index), args.strategy)
 
     @app.post("/v1/score", response_model=ScoreAnswer)
     async def score(self, request: Request) -> ScoreAnswer | JSONResponse:

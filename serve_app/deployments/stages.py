@@ -1,26 +1,47 @@
 """The Indexer's stages as calls to the graph's deployments."""
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+from ray import serve
 from ray.serve.handle import DeploymentHandle
 
 from serve_app.errors import PromptError
 from serve_app.indexer import Body, EncodedKeys
 from serve_app.types import BlockKey, EngineSpec, PodId, PodMatch
 
+GetHandle = Callable[[], DeploymentHandle[Any]]
+
 _SPEC_MAX_AGE_S = 1.0
+
+
+def graph_handle(deployment: str, app: str) -> GetHandle:
+    """A handle for use on a request router's event loop, made at the first call.
+
+    The graph need not be there before the router is. And Serve makes a handle's own router on the event loop of all
+    routers, and waits for it; on that very loop it would wait for ever, so this one is told to stay on the caller's.
+    """
+    made: list[DeploymentHandle[Any]] = []
+
+    def get() -> DeploymentHandle[Any]:
+        if not made:
+            handle = serve.get_deployment_handle(deployment, app)
+            handle._init(_run_router_in_separate_loop=False)  # type: ignore[no-untyped-call]
+            made.append(handle)
+        return made[0]
+
+    return get
 
 
 class RemotePrompts:
     """PromptStage: the PrefixStore deployment."""
 
-    def __init__(self, prefix_store: DeploymentHandle[Any]) -> None:
-        self._handle = prefix_store
+    def __init__(self, prefix_store: GetHandle) -> None:
+        self._prefix_store = prefix_store
 
     async def encode(self, body: Body, spec: EngineSpec) -> list[EncodedKeys]:
-        answer: list[EncodedKeys] | PromptError = await self._handle.encode.remote(dict(body), spec)
+        answer: list[EncodedKeys] | PromptError = await self._prefix_store().encode.remote(dict(body), spec)
         if isinstance(answer, PromptError):
             raise answer
         return answer
@@ -29,19 +50,19 @@ class RemotePrompts:
 class RemoteIndex:
     """IndexStage: the BlockIndex deployment. The engine spec is asked for once per second."""
 
-    def __init__(self, block_index: DeploymentHandle[Any]) -> None:
-        self._handle = block_index
+    def __init__(self, block_index: GetHandle) -> None:
+        self._block_index = block_index
         self._spec: EngineSpec | None = None
         self._spec_until_s = 0.0
 
     async def spec(self) -> EngineSpec | None:
         if self._spec is None or time.monotonic() > self._spec_until_s:
-            self._spec = await self._handle.spec.remote()
+            self._spec = await self._block_index().spec.remote()
             self._spec_until_s = time.monotonic() + _SPEC_MAX_AGE_S
         return self._spec
 
     async def match(
         self, keys: Sequence[BlockKey], pods: Sequence[PodId] | None, *, count_hits: bool
     ) -> Mapping[PodId, PodMatch]:
-        answer: Mapping[PodId, PodMatch] = await self._handle.match.remote(b"".join(keys), pods, count_hits)
+        answer: Mapping[PodId, PodMatch] = await self._block_index().match.remote(b"".join(keys), pods, count_hits)
         return answer

