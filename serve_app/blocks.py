@@ -9,9 +9,12 @@ prefixes, whatever hash function and seed an engine uses for itself. Only full b
 
 from __future__ import annotations
 
+import struct
 import sys
 from array import array
 from collections.abc import Iterable, Sequence
+from itertools import chain
+from typing import cast
 
 import msgspec
 import xxhash
@@ -20,6 +23,7 @@ from serve_app.types import BlockKey, ModelId
 
 KEY_BYTES = 8
 _TOKEN_BYTES = 4
+_HUNDRED_KEYS = struct.Struct(f"{KEY_BYTES}s" * 100)
 
 
 def namespace_key(model: ModelId, block_size: int, lora: str | None = None, salt: str | None = None) -> BlockKey:
@@ -55,15 +59,21 @@ def block_keys(
     """
     digest = xxhash.xxh3_64_digest
     step = block_size * _TOKEN_BYTES
-    keys: list[BlockKey] = []
+    keys: list[bytes] = []
     key: bytes = parent
-    for i, start in enumerate(range(0, len(tokens) - step + 1, step)):
-        content = key + tokens[start : start + step]
-        key = digest(content + extras[i] if extras else content)
-        keys.append(BlockKey(key))
-    return keys
+    starts = range(0, len(tokens) - step + 1, step)
+    if extras:
+        for start, extra in zip(starts, extras, strict=False):
+            keys.append(key := digest(key + tokens[start : start + step] + extra))
+    else:
+        for start in starts:
+            keys.append(key := digest(key + tokens[start : start + step]))
+    return cast("list[BlockKey]", keys)  # once: `BlockKey(key)` is a call, and takes a fifth of the time of a block
 
 
 def split_keys(packed: bytes) -> list[BlockKey]:
     """Undo `b"".join(keys)`."""
-    return [BlockKey(packed[i : i + KEY_BYTES]) for i in range(0, len(packed), KEY_BYTES)]
+    many = len(packed) // _HUNDRED_KEYS.size * _HUNDRED_KEYS.size
+    keys: list[bytes] = list(chain.from_iterable(_HUNDRED_KEYS.iter_unpack(packed[:many])))
+    keys += [packed[i : i + KEY_BYTES] for i in range(many, len(packed), KEY_BYTES)]
+    return cast("list[BlockKey]", keys)

@@ -5,6 +5,8 @@ from ray import serve
 from ray.serve.llm.ingress import OpenAiIngress
 from ray.serve.llm.openai_api_models import ChatCompletionRequest, CompletionRequest
 
+from serve_app.deployments import routed
+
 REPLICA_HEADER = "x-kvcache-replica"
 
 
@@ -20,11 +22,7 @@ class KVCacheIngress(OpenAiIngress):
 
 def _named(response: Response) -> Response:
     """The first chunk is there, so the request has been routed, by a router in this process."""
-    # Imported here: Serve pickles endpoints with the globals they use, and a copy of the table stays empty.
-    from serve_app.deployments.request_router import routed_to
-
-    request_id = serve.context._get_serve_request_context().request_id
-    replica = routed_to.get(request_id)
+    replica = routed.replica_of(serve.context._get_serve_request_context().request_id)
     if replica is not None:
         response.headers[REPLICA_HEADER] = replica
     return response

@@ -11,7 +11,6 @@ import time
 from collections.abc import Mapping
 from typing import Any
 
-from cachetools import LRUCache
 from ray.serve._private.common import DeploymentHandleSource, ReplicaID
 from ray.serve._private.replica_result import ReplicaResult
 from ray.serve._private.request_router.common import PendingRequest
@@ -20,6 +19,7 @@ from ray.serve._private.request_router.request_router import MultiplexMixin
 from ray.serve.request_router import RequestRouter
 
 from serve_app.config import RouterSettings
+from serve_app.deployments import routed
 from serve_app.deployments.embedded_redis import resolve_redis_url
 from serve_app.deployments.metrics import IndexMetrics, RouterMetrics
 from serve_app.deployments.stages import RemoteIndex, RemotePrompts, graph_handle
@@ -31,8 +31,6 @@ from serve_app.selection import Choice, LoadLedger, Policy, Selector
 from serve_app.types import ModelId, PodId, Tier
 
 logger = logging.getLogger("ray.serve")
-
-_REMEMBERED_REQUESTS = 10_000
 
 
 class KVCacheAwareRouter(MultiplexMixin, RequestRouter):
@@ -105,7 +103,7 @@ class KVCacheAwareRouter(MultiplexMixin, RequestRouter):
 
     def on_request_routed(self, pending_request: PendingRequest, replica_id: ReplicaID, result: ReplicaResult) -> None:
         """Remember who got the request, for the response header of the ordinary ingress."""
-        routed_to[pending_request.metadata.request_id] = replica_id.unique_id
+        routed.remember(pending_request.metadata.request_id, replica_id.unique_id)
 
     # -- inside ---------------------------------------------------------------------------------------------------
 
@@ -152,10 +150,6 @@ class KVCacheAwareRouter(MultiplexMixin, RequestRouter):
         """Hold a task until it is done: the loop itself only has a weak reference."""
         self._background.add(task)
         task.add_done_callback(self._background.discard)
-
-
-routed_to: LRUCache[str, str] = LRUCache(_REMEMBERED_REQUESTS)
-"""Request id -> replica, for requests that were routed in this process."""
 
 
 def _body_of(request: PendingRequest | None) -> Mapping[str, Any] | None:

@@ -13,6 +13,7 @@ Readers need no lock: they take `_bits` and `_tiers` once, and dict look-ups are
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
@@ -22,6 +23,10 @@ from serve_app.types import GPU, BlockKey, Domain, DomainId, Epoch, PodId, PodMa
 DEFAULT_MAX_BLOCKS = 20_000_000  # about 100 bytes each
 _EVICT_SHARE = 64  # evict 1/64 at a time: finding the oldest entry of a dict costs a scan over deleted ones
 _SWEEP_STEP = 20_000  # entries per sweep call, about 5 ms
+_FIRST_STEP = 32  # keys looked up before the first test whether anybody is left: an unknown prompt costs no more
+_STEP = 512  # keys looked up at a time after that
+_MAX_MASKS = 65_536  # distinct masks that are shared
+_NO_MATCH = PodMatch()
 
 
 @dataclass(slots=True)
@@ -45,6 +50,7 @@ class MemoryIndex:
         self._tier_order = tuple(tier_order)
         self._tiers: dict[Tier, dict[BlockKey, int]] = {}
         self._members: dict[DomainId, _Member] = {}
+        self._masks: dict[int, int] = {}  # equal masks are one object: a large int takes 40 bytes
         self._dead_bits = 0  # bits given up and not yet erased from the entries
         self._sweep: Iterator[None] | None = None
         self._block_size = 0
@@ -71,10 +77,14 @@ class MemoryIndex:
         if blocks is None:
             blocks = {}
             self._tiers = self._in_order({**self._tiers, tier: blocks})
-        mask = member.mask
+        mask = both = member.mask
+        held = 0  # what the block before had; `both` is that and the new bit
         get = blocks.get
         for key in keys:
-            blocks[key] = get(key, 0) | mask
+            before = get(key, 0)
+            if before != held:
+                held, both = before, self._shared(before | mask)
+            blocks[key] = both
         if len(blocks) > self.max_blocks:
             self._evict(blocks)
 
@@ -84,13 +94,14 @@ class MemoryIndex:
         if member is None or blocks is None:
             return
         keep = ~member.mask
+        held = left = 0
         for key in keys:
-            mask = blocks.get(key)
-            if mask is None:
-                continue
-            if mask & keep:
-                blocks[key] = mask & keep
-            else:
+            before = blocks.get(key, 0)
+            if before != held:
+                held, left = before, self._shared(before & keep)
+            if left:
+                blocks[key] = left
+            elif before:
                 del blocks[key]
 
     def clear(self, domain: DomainId, epoch: Epoch) -> None:
@@ -130,17 +141,29 @@ class MemoryIndex:
         by_pod, tiers, block_size = self._by_pod, self._tiers, self._block_size
         if pods is not None:
             by_pod = {pod: by_pod.get(pod, 0) for pod in pods}
-        starts = dict.fromkeys(by_pod, 0)  # blocks matched so far; a slower tier goes on where a faster one ended
-        tokens: dict[PodId, dict[Tier, int]] = {pod: {} for pod in by_pod}
+        wanted = 0
+        for bit in by_pod.values():
+            wanted |= bit
+        tokens: dict[int, dict[Tier, int]] = {}  # by bit, of those that match anything
+        ends = {0: wanted}  # blocks matched so far -> mask of who; a slower tier goes on where a faster one ended
         for tier, blocks in tiers.items():
-            for start in set(starts.values()):
-                here = {pod: bit for pod, bit in by_pod.items() if starts[pod] == start and bit}
-                for pod, length in _prefix_lengths(blocks, keys, start, here).items():
-                    if length:
-                        tokens[pod][tier] = length * block_size
-                        starts[pod] = start + length
-        hits = _hit_counts(tiers.values(), keys, by_pod) if count_hits else starts
-        return {pod: PodMatch(tokens[pod], hits[pod]) for pod in by_pod}
+            starts, ends = ends, {}
+            for start, mask in starts.items():
+                for end, ended in _runs(blocks, keys, start, mask):
+                    ends[end] = ends.get(end, 0) | ended
+                    if end > start:
+                        for bit in _bits(ended):
+                            tokens.setdefault(bit, {})[tier] = (end - start) * block_size
+        if count_hits:
+            hits = _hit_counts(tiers.values(), keys, wanted)
+        else:
+            hits = {bit: end for end, mask in ends.items() if end for bit in _bits(mask)}
+        found = dict.fromkeys(by_pod, _NO_MATCH)
+        if hits:
+            for pod, bit in by_pod.items():
+                if bit in hits:
+                    found[pod] = PodMatch(tokens.get(bit, {}), hits[bit])
+        return found
 
     def pods(self) -> list[PodId]:
         """Live pods."""
@@ -168,6 +191,12 @@ class MemoryIndex:
         member = self._members.get(domain)
         return member if member is not None and member.domain.epoch == epoch else None
 
+    def _shared(self, mask: int) -> int:
+        """The one object for this mask."""
+        if len(self._masks) >= _MAX_MASKS:
+            self._masks.clear()  # only sharing is lost
+        return self._masks.setdefault(mask, mask)
+
     def _refresh(self) -> None:
         self._by_pod = {
             member.domain.pod: member.mask
@@ -192,7 +221,7 @@ class MemoryIndex:
                     mask = blocks.get(key, 0)
                     if mask & dead:
                         if mask & ~dead:
-                            blocks[key] = mask & ~dead
+                            blocks[key] = self._shared(mask & ~dead)
                         else:
                             del blocks[key]
                 yield
@@ -210,44 +239,47 @@ class MemoryIndex:
         return dict(sorted(tiers.items(), key=lambda item: rank.get(item[0], len(rank))))
 
 
-def _prefix_lengths(
-    blocks: Mapping[BlockKey, int], keys: Sequence[BlockKey], start: int, bits: Mapping[PodId, int]
-) -> dict[PodId, int]:
-    """Length, in blocks from `start`, of the unbroken run of keys that each pod holds."""
-    mask = 0
-    for bit in bits.values():
-        mask |= bit
-    lengths: dict[PodId, int] = {}
-    get = blocks.get
-    i = start
-    for i in range(start, len(keys)):
-        left = mask & get(keys[i], 0)
-        if left != mask:
-            lost = mask ^ left
-            for pod, bit in bits.items():
-                if lost & bit:
-                    lengths[pod] = i - start
-            mask = left
-            if not mask:
-                return lengths
-    for pod, bit in bits.items():
-        if mask & bit:
-            lengths[pod] = len(keys) - start
-    return lengths
+def _runs(blocks: Mapping[BlockKey, int], keys: Sequence[BlockKey], start: int, mask: int) -> Iterator[tuple[int, int]]:
+    """Where the unbroken runs of keys from `start` on end, and who ends there: (position, bits of `mask`).
+
+    A prompt has few distinct masks, since who holds it changes at few places. So the loops over its keys, some hundreds
+    at a time, are in C (look up, drop duplicates in order), and the one in Python is over the distinct masks only:
+
+        masks   11 11 11 01 01 01 00        distinct: 11, 01, 00        runs: (3, bit 1), (6, bit 0)
+    """
+    at, step = start, _FIRST_STEP
+    while mask and at < len(keys):
+        found = list(map(blocks.get, keys[at : at + step]))
+        seen = 0
+        for held in dict.fromkeys(found):
+            left = mask & held if held else 0
+            if left != mask:
+                seen = found.index(held, seen)
+                yield at + seen, mask ^ left
+                mask = left
+                if not mask:
+                    return
+        at += step
+        step = _STEP
+    if mask:
+        yield len(keys), mask
 
 
-def _hit_counts(
-    tiers: Iterable[Mapping[BlockKey, int]], keys: Sequence[BlockKey], bits: Mapping[PodId, int]
-) -> dict[PodId, int]:
-    """How many of the keys each pod holds in any tier, in any place."""
-    tiers = list(tiers)
-    counts = dict.fromkeys(bits, 0)
-    for key in keys:
+def _bits(mask: int) -> Iterator[int]:
+    """The set bits, each as a mask."""
+    while mask:
+        bit = mask & -mask
+        yield bit
+        mask ^= bit
+
+
+def _hit_counts(tiers: Iterable[Mapping[BlockKey, int]], keys: Sequence[BlockKey], wanted: int) -> dict[int, int]:
+    """How many of the keys each bit of `wanted` holds in any tier, in any place; bits without one are left out."""
+    counts: dict[int, int] = {}
+    for held, times in Counter(zip(*(map(blocks.get, keys) for blocks in tiers), strict=True)).items():
         mask = 0
-        for blocks in tiers:
-            mask |= blocks.get(key, 0)
-        if mask:
-            for pod, bit in bits.items():
-                if mask & bit:
-                    counts[pod] += 1
+        for of_tier in held:
+            mask |= of_tier or 0
+        for bit in _bits(mask & wanted):
+            counts[bit] = counts.get(bit, 0) + times
     return counts

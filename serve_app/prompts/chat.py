@@ -12,7 +12,7 @@ from functools import lru_cache
 from typing import Any
 
 from serve_app.errors import ConfigError, PromptError
-from serve_app.prompts.hf import load_tokenizer, own_renderer
+from serve_app.prompts.hf import load_tokenizer, own_renderer, processor_template
 from serve_app.prompts.messages import ContentFormat, developer_to_system, to_conversation
 from serve_app.prompts.request import ChatPrompt
 from serve_app.prompts.template import content_format as detect_content_format
@@ -43,6 +43,13 @@ class ChatRenderer:
         self._content_format = content_format
         self._default_kwargs = dict(default_kwargs or {})
         self._own_renderer = own_renderer(tokenizer_source)
+        self._processor_template: str | None = None
+        self._processor_error: str | None = None
+        if chat_template is None:
+            try:
+                self._processor_template = processor_template(tokenizer_source)
+            except PromptError as error:  # of requests without tools only
+                self._processor_error = str(error)
 
     def render(self, prompt: ChatPrompt) -> str:
         """The prompt's text.
@@ -61,7 +68,7 @@ class ChatRenderer:
         if any(m["role"] == "developer" for m in conversation) and not _knows_developer(template):
             conversation = developer_to_system(conversation)
         try:
-            accepted = _accepted_parameters(self._tokenizer.__class__) | template_variables(template)
+            accepted = _accepted_parameters() | template_variables(template)
             kwargs = {k: v for k, v in kwargs.items() if k in accepted}
             text = self._tokenizer.apply_chat_template(
                 conversation=conversation, tools=tools, chat_template=template, tokenize=False, **kwargs
@@ -82,10 +89,14 @@ class ChatRenderer:
         if prompt.documents is not None:
             kwargs["documents"] = prompt.documents
         kwargs["return_dict"] = False
-        kwargs.pop("tokenize", None)  # either way vLLM ends up with the ids of the same text
+        kwargs.pop("tokenize", None)  # see `_add_special_tokens` in request.py
         return kwargs
 
     def _template(self, tools: Any) -> str:
+        if tools is None and self._processor_error is not None:
+            raise PromptError("no_processor", self._processor_error)
+        if tools is None and self._processor_template is not None:
+            return self._processor_template
         try:
             return str(self._tokenizer.get_chat_template(self._chat_template, tools=tools))
         except ValueError as error:
@@ -106,13 +117,14 @@ def _knows_developer(template: str) -> bool:
     return '"developer"' in template or "'developer'" in template
 
 
-@lru_cache(maxsize=8)
-def _accepted_parameters(tokenizer_class: Any) -> frozenset[str]:
-    """Names that apply_chat_template takes itself, here or in transformers' base class."""
+@lru_cache(maxsize=1)
+def _accepted_parameters() -> frozenset[str]:
+    """Names that apply_chat_template takes itself, in transformers' base class.
+
+    vLLM's pool of tokenizers hides the parameters that a subclass adds.
+    """
     from transformers import PythonBackend  # takes 3 s to import
 
-    names: set[str] = set()
-    for function in (tokenizer_class.apply_chat_template, PythonBackend.apply_chat_template):
-        parameters = inspect.signature(function).parameters.values()
-        names |= {p.name for p in parameters if p.kind not in (p.VAR_KEYWORD, p.VAR_POSITIONAL)}
+    parameters = inspect.signature(PythonBackend.apply_chat_template).parameters.values()
+    names = {p.name for p in parameters if p.kind not in (p.VAR_KEYWORD, p.VAR_POSITIONAL)}
     return frozenset(names - {"self", "chat_template", "tokenize"})

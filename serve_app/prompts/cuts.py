@@ -60,6 +60,7 @@ class Cutter:
         self._min_segment_chars = min_segment_chars
         looks_around = any(t.lstrip or t.rstrip or t.single_word or any(map(str.isspace, t.content)) for t in added)
         self._min_text_chars = None if looks_around or not _splits_words(backend) else min_text_chars
+        self._min_cut_chars = min(min_segment_chars, self._min_text_chars or min_segment_chars)
 
     def cuts(self, text: str) -> Iterator[int]:
         """Positions in rising order, 0 and the end left out.
@@ -70,7 +71,7 @@ class Cutter:
         last = 0
         for match in self._added.finditer(text):
             start = match.start()
-            if match.group() not in self._openers:
+            if start - last < self._min_cut_chars or match.group() not in self._openers:
                 continue
             for last in self._word_gaps(text, last, start):  # noqa: B020  the next mark counts from the last gap
                 yield last

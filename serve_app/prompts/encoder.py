@@ -12,8 +12,12 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
+
+import msgspec
+import xxhash
 
 from serve_app.blocks import block_keys, namespace_key, pack_tokens
 from serve_app.errors import PromptError
@@ -23,6 +27,7 @@ from serve_app.prompts.request import ChatPrompt, Prompt, TokenPrompt, namespace
 from serve_app.prompts.tokenizer import Segment, Tokenizer
 from serve_app.types import BlockKey, EngineSpec
 
+_NOT_PURE = ("strftime_now", "random", "lipsum")  # what a template can render differently the next time
 MAX_PROMPT_CHARS = 8 * 2**20  # what HAProxy hands over at most; some 2M tokens
 
 
@@ -30,10 +35,11 @@ MAX_PROMPT_CHARS = 8 * 2**20  # what HAProxy hands over at most; some 2M tokens
 class Prepared:
     """A prompt that is rendered and looked up. Token prompts are finished already."""
 
-    segments: list[Segment]  # the whole prompt text; none for token ids
+    segments: list[Segment]  # the whole prompt text; none for token ids, or when the prompt is known by its name
     missing: list[Segment]  # to be tokenized
     lookup: Lookup | None
     encoded: EncodedPrompt | None
+    name: bytes = b""  # what the store shall know it by
 
 
 class PromptEncoder:
@@ -51,6 +57,8 @@ class PromptEncoder:
         self._tokenizer = Tokenizer(spec.tokenizer)
         template_kwargs = json.loads(spec.template_kwargs) if spec.template_kwargs else None
         self._renderer = ChatRenderer(spec.tokenizer, spec.chat_template, spec.content_format, template_kwargs)
+        self._renders_alike = not any(word in template for template in self._templates() for word in _NOT_PURE)
+        self._spec_digest = xxhash.xxh3_128_digest(msgspec.msgpack.encode(spec))
 
     def prepare(self, body: Mapping[str, Any]) -> list[Prepared]:
         """Parse, render, split and look up.
@@ -71,7 +79,10 @@ class PromptEncoder:
         if prepared.encoded is not None:
             return prepared.encoded
         assert prepared.lookup is not None
-        return self._store.complete(prepared.lookup, ids)
+        encoded = self._store.complete(prepared.lookup, ids)
+        if prepared.name:
+            self._store.name(prepared.name, prepared.lookup)
+        return encoded
 
     def encode(self, body: Mapping[str, Any]) -> list[EncodedPrompt]:
         """All steps in this process."""
@@ -82,9 +93,29 @@ class PromptEncoder:
             packed = pack_tokens(prompt.token_ids)
             keys = block_keys(packed, self.spec.block_size, root)
             return Prepared([], [], None, EncodedPrompt(keys, len(prompt.token_ids), 0, (packed,)))
+        name = self._name(prompt, root) if isinstance(prompt, ChatPrompt) else b""
+        if name and (known := self._store.lookup_named(name, root, self.spec.block_size)) is not None:
+            return Prepared([], [], known, None)
         text = self._renderer.render(prompt) if isinstance(prompt, ChatPrompt) else prompt.text
         if len(text) > MAX_PROMPT_CHARS:
             raise PromptError("too_long", f"the prompt has {len(text)} characters, more than {MAX_PROMPT_CHARS}")
         segments = self._tokenizer.split(text, prompt.add_special_tokens)
         lookup = self._store.lookup(root, segments, self.spec.block_size, self.spec.tokenizer)
-        return Prepared(segments, lookup.missing, lookup, None)
+        return Prepared(segments, lookup.missing, lookup, None, name)
+
+    def _templates(self) -> list[str]:
+        """The templates that the renderer may choose from: without tools, and with."""
+        found = []
+        for with_tools in (False, True):
+            with suppress(PromptError):  # then every request of this kind fails to render
+                found.append(self._renderer._template([{}] if with_tools else None))
+        return found
+
+    def _name(self, prompt: ChatPrompt, root: BlockKey) -> bytes:
+        """Digest of all that the rendered text depends on; b"" if it may depend on something else, or has no digest."""
+        if not self._renders_alike:
+            return b""
+        try:
+            return xxhash.xxh3_128_digest(root + self._spec_digest + msgspec.msgpack.encode(prompt))
+        except (TypeError, ValueError, OverflowError):  # not from JSON, or half a surrogate pair: rendering will tell
+            return b""

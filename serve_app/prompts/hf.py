@@ -12,7 +12,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-from serve_app.errors import ConfigError
+from serve_app.errors import ConfigError, PromptError
 
 # vLLM bypasses AutoTokenizer for these, whose checkpoints name a wrong class.
 _WRONG_TOKENIZER_CLASS = frozenset({"internlm2", "step3_vl", "step3p7", "unlimited-ocr"})
@@ -49,7 +49,35 @@ def load_tokenizer(source: str) -> Any:
         raise ConfigError(f"no tokenizer in {source!r}: {error}") from error
     if not tokenizer.is_fast:
         raise ConfigError(f"{source!r} has no fast tokenizer (tokenizer.json)")
+    if type(tokenizer).__call__ is not TokenizersBackend.__call__:  # vLLM calls it: SeamlessM4T, UDOP, MarkupLM
+        raise ConfigError(f"{source!r} has a tokenizer with encoding code of its own, {type(tokenizer).__name__}")
     return tokenizer
+
+
+@lru_cache(maxsize=8)
+def processor_template(source: str) -> str | None:
+    """The chat template that the model's multimodal processor has, when it is not the tokenizer's own.
+
+    vLLM prefers it for requests without tools (`resolve_chat_template` in renderers/hf.py). An example is Qwen2.5-VL:
+    chat_template.json, which processors alone read, holds the template for content parts, tokenizer_config.json one
+    for text and tools.
+
+    Raises:
+        PromptError: there is one, and the processor that decides whether it counts cannot be loaded here.
+    """
+    from transformers import AutoProcessor, ProcessorMixin  # takes 3 s to import
+
+    try:
+        template = ProcessorMixin.get_processor_dict(source)[0].get("chat_template")
+    except (OSError, ValueError):
+        return None
+    if not isinstance(template, str) or template == load_tokenizer(source).chat_template:
+        return None
+    try:
+        processor = AutoProcessor.from_pretrained(source)
+    except Exception as error:  # its libraries may be missing here, and be there in the engine
+        raise PromptError("no_processor", f"cannot tell which chat template of {source!r} counts: {error}") from error
+    return str(processor.chat_template) if isinstance(processor, ProcessorMixin) else None
 
 
 @lru_cache(maxsize=8)

@@ -70,6 +70,8 @@ def _flat(content: Any) -> Any:
 
 def _message(message: Mapping[str, Any], content_format: ContentFormat) -> Message:
     role = message["role"]
+    if message.get("content", "") is None and role not in ("assistant", "function"):
+        raise PromptError("bad_messages", f"content of role {role!r} must not be null")
     result: Message = {"role": role, "content": _content(message.get("content"), content_format)}
     if role == "assistant":
         tool_calls = message.get("tool_calls")
@@ -163,6 +165,8 @@ def _developer_tools(tools: Any) -> list[dict[str, Any]] | None:
     for tool in _listed(tools, "tools"):
         if not isinstance(tool, Mapping) or not isinstance(tool.get("function"), Mapping):
             raise PromptError("bad_messages", "every tool must be an object with a function")
+        if not isinstance(tool["function"].get("strict"), bool | None):  # pydantic makes a flag of a word
+            raise PromptError("bad_messages", "strict must be true or false")
         function = _reordered(tool["function"], ("name", "description", "parameters", "strict"))
         result.append({**_reordered(tool, ("function", "type")), "function": function})
     return result

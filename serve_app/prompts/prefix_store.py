@@ -1,7 +1,8 @@
 """What is known of prompts seen before: token ids and finished block keys, segment by segment.
 
 In: the segments of a prompt. Out: which of them still have to be tokenized; given their ids, the prompt's block keys.
-A known segment is neither tokenized nor hashed into block keys again.
+A known segment is neither tokenized nor hashed into block keys again. A prompt that has a name (a digest of the request
+it is made of) is found by it as a whole, without its text: a list of its segments' digests is filed under the name.
 
 Each segment is filed under XXH3-128 over `digest of the segment before || its text`; the first digest is made of the
 namespace key and the tokenizer, so no entry is shared across models, block sizes, LoRAs, salts or tokenizers.
@@ -16,6 +17,7 @@ from array import array
 from collections import OrderedDict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from struct import Struct
 from threading import Lock
 
 import xxhash
@@ -28,6 +30,8 @@ _TOKEN_BYTES = 4
 _DIGEST_BYTES = 16
 # Of one entry beside its payload: dict slot and list node of OrderedDict (measured with tracemalloc, CPython 3.11).
 _SLOT_BYTES = 110
+_DIGEST = Struct(f"{_DIGEST_BYTES}s")
+_NAMED_SHARE = 16  # names and their lists take at most 1/16 of the store
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,6 +92,8 @@ class PrefixStore:
         self._max_bytes = max_bytes
         self._lock = Lock()
         self._entries: OrderedDict[bytes, _Entry] = OrderedDict()  # oldest use first
+        self._named: OrderedDict[bytes, bytes] = OrderedDict()  # name of a prompt -> its segments' digests
+        self._named_bytes = 0
         self._bytes = self._hits = self._misses = self._evictions = 0
 
     def lookup(self, root: BlockKey, segments: Sequence[Segment], block_size: int, tokenizer: str = "") -> Lookup:
@@ -111,6 +117,33 @@ class PrefixStore:
             self._hits += len(known)
             self._misses += len(digests) - len(known)
         return Lookup(list(segments[len(known) :]), block_size, root, digests, tuple(known))
+
+    def lookup_named(self, name: bytes, root: BlockKey, block_size: int) -> Lookup | None:
+        """First step without the text: None unless the prompt was named, and is still known to its end."""
+        with self._lock:
+            packed = self._named.get(name)
+            if packed is None:
+                return None
+            digests = tuple(digest for (digest,) in _DIGEST.iter_unpack(packed))
+            known = tuple(entry for digest in digests if (entry := self._entries.get(digest)) is not None)
+            if len(known) < len(digests):
+                return None
+            self._named.move_to_end(name)
+            self._touch(digests)
+            self._hits += len(known)
+        return Lookup([], block_size, root, digests, known)
+
+    def name(self, name: bytes, lookup: Lookup) -> None:
+        """Let a prompt be found by its name. `name` must tell apart all that `lookup` was made of, root included."""
+        packed = b"".join(lookup.digests)
+        with self._lock:
+            if name not in self._named:
+                self._named_bytes += _named_size(name, packed)
+            self._named[name] = packed  # of the same size as the one it replaces: the same name is the same prompt
+            self._named.move_to_end(name)
+            while self._named_bytes > self._max_bytes // _NAMED_SHARE:
+                self._named_bytes -= _named_size(*self._named.popitem(last=False))
+            self._evict()
 
     def complete(self, lookup: Lookup, ids: Sequence[bytes]) -> EncodedPrompt:
         """Second step: store what was missing, and give the whole.
@@ -142,7 +175,8 @@ class PrefixStore:
 
     def stats(self) -> StoreStats:
         with self._lock:
-            return StoreStats(len(self._entries), self._bytes, self._hits, self._misses, self._evictions)
+            held = self._bytes + self._named_bytes
+            return StoreStats(len(self._entries), held, self._hits, self._misses, self._evictions)
 
     def _store(self, digests: Sequence[bytes], first: int, made: Sequence[_Entry]) -> None:
         with self._lock:
@@ -151,16 +185,23 @@ class PrefixStore:
                 self._bytes += entry.size_bytes() - (replaced.size_bytes() if replaced else 0)
                 self._entries[digest] = entry
             self._touch(digests)
-            while self._bytes > self._max_bytes:
-                _, evicted = self._entries.popitem(last=False)
-                self._bytes -= evicted.size_bytes()
-                self._evictions += 1
+            self._evict()
+
+    def _evict(self) -> None:
+        while self._entries and self._bytes + self._named_bytes > self._max_bytes:
+            _, evicted = self._entries.popitem(last=False)
+            self._bytes -= evicted.size_bytes()
+            self._evictions += 1
 
     def _touch(self, digests: Sequence[bytes]) -> None:
         """Mark as used, the last segment first: a segment is then never evicted before those that build on it."""
         for digest in reversed(digests):
             if digest in self._entries:
                 self._entries.move_to_end(digest)
+
+
+def _named_size(name: bytes, packed: bytes) -> int:
+    return sys.getsizeof(name) + sys.getsizeof(packed) + _SLOT_BYTES
 
 
 def _digests(root: BlockKey, segments: Sequence[Segment], tokenizer: str) -> Iterator[bytes]:

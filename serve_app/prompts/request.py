@@ -15,6 +15,8 @@ from serve_app.errors import PromptError
 from serve_app.types import ModelId
 
 MAX_CACHE_SALT_CHARS = 1024
+# Of transformers' apply_chat_template: without effect unless it tokenizes.
+_TOKENIZER_ARGUMENTS = frozenset({"padding", "truncation", "max_length", "return_tensors", "tokenizer_kwargs"})
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,6 +61,9 @@ def parse_request(body: Mapping[str, Any]) -> list[Prompt]:
         # What is left depends on the context length and the output tokens asked for: the engine's business.
         raise PromptError("truncated", "truncate_prompt_tokens is not scored")
     if "messages" in body:
+        if body.get("prompt") is not None or body.get("system") is not None:
+            # Which of them counts depends on the path: /v1/completions, or /v1/messages with Anthropic's format.
+            raise PromptError("ambiguous", "the request has messages, and a prompt or system prompt beside them")
         return [_chat(body)]
     return _completion(body)
 
@@ -96,19 +101,31 @@ def _chat(body: Mapping[str, Any]) -> Prompt:
     template = body.get("chat_template")
     if template is not None and not isinstance(template, str):
         raise PromptError("bad_field", "chat_template must be a string")
+    kwargs = _chat_template_kwargs(body)
     return ChatPrompt(
         messages=messages,
         tools=_tools(body.get("tools")),
         documents=_list_of_objects(body, "documents"),
         add_generation_prompt=_flag(body, "add_generation_prompt", True),
         continue_final_message=_flag(body, "continue_final_message", False),
-        add_special_tokens=_flag(body, "add_special_tokens", False),
+        add_special_tokens=_add_special_tokens(body, kwargs),
         chat_template=template,
-        chat_template_kwargs=_template_kwargs(body),
+        chat_template_kwargs=kwargs,
     )
 
 
-def _template_kwargs(body: Mapping[str, Any]) -> dict[str, Any]:
+def _add_special_tokens(body: Mapping[str, Any], kwargs: Mapping[str, Any]) -> bool:
+    """Whether the rendered text gets BOS and the like: never when `apply_chat_template` is told to tokenize."""
+    given = _flag(body, "add_special_tokens", False)
+    tokenizes = kwargs.get("tokenize")
+    if tokenizes == "auto":  # vLLM takes it for "not given"
+        tokenizes = None
+    if tokenizes and not _TOKENIZER_ARGUMENTS.isdisjoint(kwargs):
+        raise PromptError("truncated", "chat_template_kwargs ask the chat template to tokenize in a way of its own")
+    return given and not tokenizes and not _flag(body, "return_assistant_tokens_mask", False)
+
+
+def _chat_template_kwargs(body: Mapping[str, Any]) -> dict[str, Any]:
     """Variables for the template, as `ChatCompletionRequest.build_chat_params` collects them."""
     given = body.get("chat_template_kwargs")
     if given is not None and not isinstance(given, Mapping):
@@ -137,6 +154,15 @@ def _tool(tool: Any) -> dict[str, Any]:
     function = tool.get("function") if isinstance(tool, Mapping) else None
     if not isinstance(function, Mapping) or not isinstance(function.get("name"), str):
         raise PromptError("bad_tools", "every tool must be an object with a named function")
+    for value, kind in (
+        (function.get("description"), str),
+        (function.get("parameters"), Mapping),
+        (function.get("strict"), bool),
+        (function.get("defer_loading"), bool),
+        (tool.get("defer_loading"), bool),
+    ):
+        if value is not None and not isinstance(value, kind):  # pydantic refuses it, or makes a flag of a word
+            raise PromptError("bad_tools", f"a field of a tool must be of type {kind.__name__}")
     dumped: dict[str, Any] = {key: function.get(key) for key in ("name", "description", "parameters")}
     if function.get("strict") is not None:
         dumped["strict"] = function["strict"]

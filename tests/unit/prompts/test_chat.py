@@ -88,6 +88,23 @@ def test_models_that_vllm_renders_itself(tmp_path: Path) -> None:
     assert reason(ChatRenderer(write_model(tmp_path, architectures=["GptOssForCausalLM"]))) == "unsupported_model"
 
 
+def test_template_of_the_processor(tmp_path: Path) -> None:
+    """vLLM takes it for requests without tools, unless the engine was given a template."""
+    path = write_model(tmp_path)
+    (tmp_path / "chat_template.json").write_text('{"chat_template": "processor"}')
+    extractor = '{"feature_extractor_type": "WhisperFeatureExtractor", "processor_class": "%s"}'
+    (tmp_path / "preprocessor_config.json").write_text(extractor % "Qwen2AudioProcessor")
+    assert ChatRenderer(path).render(prompt()) == "processor"
+    assert ChatRenderer(path).render(prompt(tools=[{"function": {"name": "f"}}])).startswith("<|im_start|>")
+    assert ChatRenderer(path, "{{ messages[0].content }}").render(prompt()) == "hi"
+
+
+def test_template_of_a_processor_that_is_none(tmp_path: Path) -> None:
+    path = write_model(tmp_path)
+    (tmp_path / "chat_template.json").write_text('{"chat_template": "processor"}')
+    assert ChatRenderer(path).render(prompt()).startswith("<|im_start|>")
+
+
 def test_bad_settings(chatml_path: str, tmp_path: Path) -> None:
     with pytest.raises(ConfigError):
         ChatRenderer(chatml_path, content_format="xml")

@@ -34,9 +34,9 @@ def one(message: dict[str, Any], content_format: Any = "string") -> dict[str, An
     ],
 )
 def test_content(content: Any, string: str, openai: Any) -> None:
-    assert one({"role": "user", "content": content})["content"] == string
+    assert one({"role": "assistant", "content": content})["content"] == string
     if openai is not None:
-        assert one({"role": "user", "content": content}, "openai")["content"] == openai
+        assert one({"role": "assistant", "content": content}, "openai")["content"] == openai
 
 
 def test_tool_call_keys_stand_in_the_order_of_their_type() -> None:
@@ -84,11 +84,14 @@ def test_only_known_keys_reach_the_template() -> None:
         ({"role": "user", "content": [{"type": ["text"], "text": "a"}]}, "bad_messages"),
         ({"role": "user", "content": [5]}, "bad_messages"),
         ({"role": "user", "content": 5}, "bad_messages"),
+        ({"role": "user", "content": None}, "bad_messages"),
+        ({"role": "tool", "content": None}, "bad_messages"),
         ({"role": "assistant", "tool_calls": ["f"]}, "bad_messages"),
         ({"role": "assistant", "tool_calls": [{"type": "custom", "custom": {}}]}, "bad_messages"),
         ({"role": "assistant", "tool_calls": {}}, None),
         ({"role": "assistant", "tool_calls": "f"}, "bad_messages"),
         ({"role": "developer", "content": "a", "tools": [5]}, "bad_messages"),
+        ({"role": "developer", "content": "a", "tools": [{"function": {"strict": "true"}}]}, "bad_messages"),
     ],
 )
 def test_refused(message: dict[str, Any], reason: str | None) -> None:

@@ -69,6 +69,20 @@ def test_reasoning_effort_reaches_the_template() -> None:
     }
 
 
+@pytest.mark.parametrize(
+    ("fields", "expected"),
+    [
+        ({}, True),
+        ({"chat_template_kwargs": {"tokenize": False}}, True),
+        ({"chat_template_kwargs": {"tokenize": "auto", "truncation": True}}, True),
+        ({"chat_template_kwargs": {"tokenize": True}}, False),
+        ({"return_assistant_tokens_mask": True}, False),
+    ],
+)
+def test_a_template_that_tokenizes_adds_no_special_tokens(fields: dict[str, Any], expected: bool) -> None:
+    assert chat(add_special_tokens=True, **fields).add_special_tokens is expected
+
+
 def test_token_ids_of_the_prefill_stage() -> None:
     body = {"messages": [USER], "kv_transfer_params": {"prompt_token_ids": [1, 2]}}
     assert parse_request(body) == [TokenPrompt([1, 2])]
@@ -96,6 +110,12 @@ def test_token_ids_of_the_prefill_stage() -> None:
         ({"messages": [USER], "tools": []}, "bad_tools"),
         ({"messages": [USER], "tools": [{"function": {}}]}, "bad_tools"),
         ({"messages": [USER], "tools": ["f"]}, "bad_tools"),
+        ({"messages": [USER], "tools": [{"function": {"name": "f", "strict": "true"}}]}, "bad_tools"),
+        ({"messages": [USER], "tools": [{"function": {"name": "f"}, "defer_loading": 1}]}, "bad_tools"),
+        ({"messages": [USER], "tools": [{"function": {"name": "f", "parameters": []}}]}, "bad_tools"),
+        ({"messages": [USER], "prompt": "hi"}, "ambiguous"),
+        ({"messages": [USER], "system": "hi"}, "ambiguous"),
+        ({"messages": [USER], "chat_template_kwargs": {"tokenize": True, "truncation": True}}, "truncated"),
         ({"messages": [USER], "documents": ["d"]}, "bad_field"),
         ({"messages": [USER], "chat_template": 1}, "bad_field"),
         ({"messages": [USER], "chat_template_kwargs": []}, "bad_field"),
