@@ -13,6 +13,9 @@ from serve_app.selection import Policy
 EMBEDDED = "embedded"
 """As `redis_url`: a Valkey that the `kvcache` application starts on this node. For one node only."""
 
+REPLICA_HEADER = "x-kvcache-replica"
+"""Response header that names the replica which answered."""
+
 DEFAULT_PREFIX_STORE_BYTES = 512 * 1024**2
 
 

@@ -28,8 +28,8 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 from serve_app import local_stack
+from serve_app.config import REPLICA_HEADER
 
-REPLICA_HEADER = "x-kvcache-replica"
 BLOCK_SIZE = 32
 ANSWER_TOKENS = 24
 CHARS_PER_TOKEN = 4.0  # of SmolLM2 on the documents used here

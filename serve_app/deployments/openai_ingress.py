@@ -5,9 +5,8 @@ from ray import serve
 from ray.serve.llm.ingress import OpenAiIngress
 from ray.serve.llm.openai_api_models import ChatCompletionRequest, CompletionRequest
 
+from serve_app.config import REPLICA_HEADER
 from serve_app.deployments import routed
-
-REPLICA_HEADER = "x-kvcache-replica"
 
 
 class KVCacheIngress(OpenAiIngress):

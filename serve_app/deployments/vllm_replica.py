@@ -22,14 +22,13 @@ from ray.serve.llm.deployment import LLMServer
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from vllm.entrypoints.chat_utils import load_chat_template
 
-from serve_app.config import RouterSettings
+from serve_app.config import REPLICA_HEADER, RouterSettings
 from serve_app.deployments.embedded_redis import resolve_redis_url
 from serve_app.errors import ConfigError
 from serve_app.events.publisher import PublisherConfig
 
 logger = logging.getLogger("ray.serve")
 
-REPLICA_HEADER = "x-kvcache-replica"
 LOAD_POLL_S = 0.02
 RESTART_S = 1.0
 
