@@ -35,6 +35,8 @@ ANSWER_TOKENS = 24
 CHARS_PER_TOKEN = 4.0  # of SmolLM2 on the documents used here
 CACHE_SLACK = 1.25  # a replica's KV cache, over half of what all the conversations need at their end
 
+_REPORT_EVERY = 8  # requests, where there is no terminal to draw a bar on
+
 QUESTIONS = (
     "What is this text about?",
     "Which terms does it define?",
@@ -153,7 +155,7 @@ async def _converse(
     await _warm_up(client, model)
     run = Run(policy)
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    with Progress(*columns, console=console) as progress:
+    with Progress(*columns, console=console, disable=not console.is_terminal) as progress:
         task = progress.add_task("requests", total=workload.documents * workload.turns)
 
         async def conversation(number: int) -> None:
@@ -165,6 +167,8 @@ async def _converse(
                 run.answers.append(answer)
                 messages.append({"role": "assistant", "content": history.get((number, turn), answer.text)})
                 progress.advance(task)
+                if not console.is_terminal and len(run.answers) % _REPORT_EVERY == 0:
+                    _say(f"{len(run.answers)} of {workload.documents * workload.turns} requests answered")
 
         started_s = time.perf_counter()
         await asyncio.gather(*(conversation(number) for number in range(workload.documents)))
