@@ -56,7 +56,7 @@ class Workload:
     documents: int = 8
     turns: int = 6
     document_tokens: int = 1500
-    start_every_s: float = 1.0  # conversations begin so far apart
+    start_every_s: float = 2.5  # conversations begin so far apart: about what it takes to prefill one document
 
     @property
     def kv_blocks_per_replica(self) -> int:
