@@ -262,7 +262,7 @@ def test_without_redis_requests_are_served_and_the_index_heals(
     while_away = [{"role": "user", "content": story("Jan")}]
     other, _ = ask(openai_client, while_away)
     # Serve starts Valkey again, empty; the publishers join again and publish all, what came meanwhile included.
-    eventually(lambda: all(epochs()[pod] > epoch for pod, epoch in before.items()), 60)
+    eventually(lambda: all(epochs().get(pod, 0) > epoch for pod, epoch in before.items()), 60)
     eventually(lambda: score(http, body)["scores"].get(replica, 0) > 100)
     eventually(lambda: score(http, {"model": MODEL, "messages": while_away})["scores"].get(other, 0) > 100)
 
