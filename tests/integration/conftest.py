@@ -4,16 +4,20 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import openai
 import pytest
 
 from serve_app import local_stack
 from serve_app.cli import load_config
+from serve_app.config import REPLICA_HEADER
 from serve_app.local_stack import free_port
 
+READY_TIMEOUT_S = 60.0
 CONFIGS = Path(__file__).parents[2] / "configs"
 
 Start = Callable[..., local_stack.Running]
@@ -32,9 +36,29 @@ def start_stack(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Start]:
             patch.setenv("KVCACHE_HOME", str(home))
             running = local_stack.start(config, direct=direct, on_progress=print)
             stack.callback(local_stack.stop, running, on_progress=print)
+            wait_until_routed_by_cache(running.url)
             return running
 
         yield start
+
+
+def wait_until_routed_by_cache(url: str) -> None:
+    """A router loads its tokenizer when the first replica has joined; until then requests go to the least loaded.
+
+    Those alternate. So the same prompt answered three times in a row from the cache of one replica was routed by it.
+    """
+    text = " ".join(f"The lighthouse keeper counted {i} ships before breakfast." for i in range(20))
+    with openai.OpenAI(base_url=f"{url}/v1", api_key="none", timeout=120, max_retries=0) as client:
+        model = client.models.list().data[0].id
+        last: list[tuple[str | None, bool]] = []
+        deadline = time.monotonic() + READY_TIMEOUT_S
+        while not (len(last) == 3 and len({replica for replica, _ in last}) == 1 and all(hit for _, hit in last)):
+            assert time.monotonic() < deadline, f"requests are not routed by cache; the last three: {last}"
+            raw = client.completions.with_raw_response.create(model=model, prompt=text, max_tokens=1)
+            usage = raw.parse().usage
+            details = usage.prompt_tokens_details if usage else None
+            last = [*last[-2:], (raw.headers.get(REPLICA_HEADER), bool(details and details.cached_tokens))]
+            time.sleep(0.3)
 
 
 def config(name: str, **engine_kwargs: Any) -> dict[str, Any]:

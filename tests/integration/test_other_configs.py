@@ -52,7 +52,8 @@ class TestGraph:
     """configs/graph.yaml without HAProxy: prompt and index stages are called as deployments on every request."""
 
     @pytest.fixture(scope="class")
-    def stack(self, start_stack: Start) -> local_stack.Running:
+    @classmethod
+    def stack(cls, start_stack: Start) -> local_stack.Running:
         return start_stack(config("graph.yaml"), direct=False)
 
     def test_conversations_stay_and_answers_name_the_replica(self, stack: local_stack.Running) -> None:
@@ -90,14 +91,16 @@ class TestDropIn:
     """configs/serve-llm-drop-in.yaml: Ray Serve LLM's own builder, our three lines, a Valkey of the user's."""
 
     @pytest.fixture(scope="class")
-    def valkey(self) -> Iterator[ValkeyServer]:
+    @classmethod
+    def valkey(cls) -> Iterator[ValkeyServer]:
         server = ValkeyServer()
         server.start()
         yield server
         server.stop()
 
     @pytest.fixture(scope="class")
-    def stack(self, start_stack: Start, valkey: ValkeyServer, model_path: str) -> local_stack.Running:
+    @classmethod
+    def stack(cls, start_stack: Start, valkey: ValkeyServer, model_path: str) -> local_stack.Running:
         """The file as it is, with another model, the CPU's arguments, and this Valkey put in."""
         loaded = config("serve-llm-drop-in.yaml")
         (llm,) = loaded["applications"][0]["args"]["llm_configs"]

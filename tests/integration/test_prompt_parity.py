@@ -66,7 +66,7 @@ if FULL:
         "word piece": Setup("word piece", content_format="openai"),
         "unigram": Setup("unigram", content_format="string", template_kwargs='{"enable_thinking": false}'),
     }
-GENERATED = 300 if FULL else 60  # requests of each kind, per server
+GENERATED = 200 if FULL else 60  # requests of each kind, per server
 
 USER = {"role": "user", "content": "What is the capital of France?"}
 CALL = {
