@@ -38,7 +38,7 @@ os.environ.setdefault("DYN_LOG", "error")
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))  # the script runs from anywhere
 
-from serve_app.blocks import KEY_BYTES, block_keys, namespace_key, pack_tokens, split_keys  # noqa: E402
+from serve_app.blocks import KEY_BYTES, block_keys, namespace_key, pack_tokens  # noqa: E402
 from serve_app.index.memory import MemoryIndex  # noqa: E402
 from serve_app.indexer import Indexer, LocalPrompts, Scored  # noqa: E402
 from serve_app.model import resolve_model  # noqa: E402
@@ -49,7 +49,7 @@ from serve_app.prompts.tokenizer import Segment  # noqa: E402
 from serve_app.scoring import score  # noqa: E402
 from serve_app.types import (  # noqa: E402
     GPU,
-    BlockKey,
+    BlockKeys,
     Domain,
     DomainId,
     EngineSpec,
@@ -101,7 +101,7 @@ def make_fleet(distinct_blocks: int, replica_counts: Sequence[int], seed: int = 
         shared = ids(SHARED_BLOCKS)
         prompts += [shared + ids(PROMPT_BLOCKS - SHARED_BLOCKS) for _ in range(PROMPTS_PER_GROUP)]
         blocks += SHARED_BLOCKS + PROMPTS_PER_GROUP * (PROMPT_BLOCKS - SHARED_BLOCKS)
-    keys = [b"".join(block_keys(prompt, BLOCK_SIZE, root)) for prompt in prompts]
+    keys = [block_keys(prompt, BLOCK_SIZE, root) for prompt in prompts]
     holders = {count: [_holders(rng, count) for _ in prompts] for count in replica_counts}
     return Fleet(prompts, keys, holders, blocks)
 
@@ -117,7 +117,7 @@ def fill_index(index: MemoryIndex, fleet: Fleet, replicas: int, spec: EngineSpec
         index.join(Domain(DomainId(f"d{r}"), Epoch(1), spec, PodId(f"p{r}")))
     for keys, holders in zip(fleet.keys, fleet.holders[replicas], strict=True):
         for r, count in holders:
-            index.add(DomainId(f"d{r}"), Epoch(1), GPU, split_keys(keys[: count * KEY_BYTES]))
+            index.add(DomainId(f"d{r}"), Epoch(1), GPU, keys[: count * KEY_BYTES])
 
 
 def expected_match(fleet: Fleet, replicas: int, at: int) -> dict[int, int]:
@@ -217,8 +217,7 @@ def bench_match(fleet: Fleet, indexes: Mapping[int, MemoryIndex], repeats: int) 
         runs: list[tuple[str, Callable[[], Callable[[], Any]]]] = []
 
         def ours(index: MemoryIndex, keys: bytes = keys) -> Callable[[], Any]:
-            made = split_keys(keys)  # new objects, as the read path has them
-            return lambda: index.match(made)
+            return lambda: index.match(keys)
 
         def theirs(tree: DynamoTree, at: int = at) -> Callable[[], Any]:
             made = list(hashes[at])
@@ -250,7 +249,7 @@ def _check_match(
     for replicas, index in indexes.items():
         for at in range(0, len(fleet.prompts), max(len(fleet.prompts) // 50, 1)):
             expected = expected_match(fleet, replicas, at)
-            match = index.match(split_keys(fleet.keys[at]))
+            match = index.match(fleet.keys[at])
             found = {int(pod[1:]): m.tokens[GPU] // BLOCK_SIZE for pod, m in match.items() if m.tokens}
             assert len(match) == replicas, f"{len(match)} pods answered for, not {replicas}"
             assert found == expected, f"match of prompt {at} is {found}, not {expected}"
@@ -329,7 +328,7 @@ class MemoryStage:
         return self._spec
 
     async def match(
-        self, keys: Sequence[BlockKey], pods: Sequence[PodId] | None, *, count_hits: bool
+        self, keys: BlockKeys, pods: Sequence[PodId] | None, *, count_hits: bool
     ) -> Mapping[PodId, PodMatch]:
         return self._index.match(keys, pods, count_hits=count_hits)
 
@@ -442,8 +441,8 @@ async def _check_path(path: ReadPath, chat: Chat, text: str) -> dict[str, int]:
     expected: dict[PodId, float] = {}
     for r, domain in enumerate(domains):
         assert domain.pod is not None
-        count = len(keys) * (r + 1) // len(domains)
-        path.index.add(domain.id, domain.epoch, GPU, keys[:count])
+        count = len(keys) // KEY_BYTES * (r + 1) // len(domains)
+        path.index.add(domain.id, domain.epoch, GPU, keys[: count * KEY_BYTES])
         expected[domain.pod] = float(count * spec.block_size)
     known = 0
     for warmth in WARMTHS:

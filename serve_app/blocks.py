@@ -19,7 +19,7 @@ from typing import cast
 import msgspec
 import xxhash
 
-from serve_app.types import BlockKey, ModelId
+from serve_app.types import BlockKey, BlockKeys, ModelId
 
 KEY_BYTES = 8
 _TOKEN_BYTES = 4
@@ -48,8 +48,8 @@ def block_keys(
     block_size: int,
     parent: BlockKey,
     extras: Sequence[bytes] | None = None,
-) -> list[BlockKey]:
-    """Keys of the full blocks in `tokens`.
+) -> BlockKeys:
+    """Keys of the full blocks in `tokens`, packed.
 
     Args:
         tokens: packed token ids (`pack_tokens`), starting right after `parent`'s block.
@@ -68,12 +68,12 @@ def block_keys(
     else:
         for start in starts:
             keys.append(key := digest(key + tokens[start : start + step]))
-    return cast("list[BlockKey]", keys)  # once: `BlockKey(key)` is a call, and takes a fifth of the time of a block
+    return b"".join(keys)
 
 
-def split_keys(packed: bytes) -> list[BlockKey]:
-    """Undo `b"".join(keys)`."""
+def split_keys(packed: BlockKeys) -> list[BlockKey]:
+    """One by one."""
     many = len(packed) // _HUNDRED_KEYS.size * _HUNDRED_KEYS.size
     keys: list[bytes] = list(chain.from_iterable(_HUNDRED_KEYS.iter_unpack(packed[:many])))
     keys += [packed[i : i + KEY_BYTES] for i in range(many, len(packed), KEY_BYTES)]
-    return cast("list[BlockKey]", keys)
+    return cast("list[BlockKey]", keys)  # once: `BlockKey(key)` is a call for each

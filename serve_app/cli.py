@@ -154,6 +154,7 @@ def tokenize(
     text: Annotated[bool, typer.Option("--text", help="Also print the prompt text.")] = False,
 ) -> None:
     """Read an OpenAI request from stdin; print token ids and block keys, to compare with an engine's /tokenize."""
+    from serve_app.blocks import split_keys
     from serve_app.model import resolve_model
     from serve_app.prompts.encoder import PromptEncoder
     from serve_app.prompts.prefix_store import PrefixStore
@@ -167,7 +168,7 @@ def tokenize(
         answer: dict[str, Any] = {
             "count": encoded.token_count,
             "tokens": encoded.token_ids(),
-            "block_keys": [key.hex() for key in encoded.block_keys],
+            "block_keys": [key.hex() for key in split_keys(encoded.block_keys)],
         }
         if text:
             answer["prompt"] = "".join(segment.text for segment in prepared.segments)

@@ -20,7 +20,7 @@ from serve_app.once import Once
 from serve_app.prompts.encoder import PromptEncoder
 from serve_app.prompts.prefix_store import PrefixStore
 from serve_app.scoring import Strategy, score
-from serve_app.types import BlockKey, EngineSpec, PodId, PodMatch, Tier
+from serve_app.types import BlockKeys, EngineSpec, PodId, PodMatch, Tier
 
 Body = Mapping[str, Any]
 """A parsed /v1/chat/completions or /v1/completions request."""
@@ -30,7 +30,7 @@ Body = Mapping[str, Any]
 class EncodedKeys:
     """One prompt of a request, as the index needs it."""
 
-    keys: Sequence[BlockKey]
+    keys: BlockKeys
     token_count: int
     known_token_count: int  # tokens that came from the prefix store, not from the tokenizer
 
@@ -51,7 +51,7 @@ class IndexStage(Protocol):
         ...
 
     async def match(
-        self, keys: Sequence[BlockKey], pods: Sequence[PodId] | None, *, count_hits: bool
+        self, keys: BlockKeys, pods: Sequence[PodId] | None, *, count_hits: bool
     ) -> Mapping[PodId, PodMatch]: ...
 
 
@@ -156,6 +156,6 @@ class LocalIndex:
         return self._mirror.spec()
 
     async def match(
-        self, keys: Sequence[BlockKey], pods: Sequence[PodId] | None, *, count_hits: bool
+        self, keys: BlockKeys, pods: Sequence[PodId] | None, *, count_hits: bool
     ) -> Mapping[PodId, PodMatch]:
         return self._mirror.match(keys, pods, count_hits=count_hits)

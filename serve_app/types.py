@@ -12,6 +12,9 @@ from typing import NewType
 BlockKey = NewType("BlockKey", bytes)
 """Canonical key of one full block: 8 bytes, XXH3-64, chained over the whole prefix (see blocks.py)."""
 
+BlockKeys = bytes
+"""Keys of consecutive blocks, 8 bytes each, one after the other: no object per block on the way to the index."""
+
 EngineHash = bytes | int
 """An engine's own hash of a block. Opaque: it is only ever compared for equality, within one engine."""
 

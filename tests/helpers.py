@@ -5,15 +5,15 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 
-from serve_app.types import BlockKey, Domain, DomainId, EngineSpec, Epoch, ModelId, PodId
+from serve_app.types import BlockKeys, Domain, DomainId, EngineSpec, Epoch, ModelId, PodId
 
 MODEL = ModelId("test-model")
 SPEC = EngineSpec(MODEL, block_size=4, tokenizer="none")
 
 
-def keys(*numbers: int) -> list[BlockKey]:
-    """Distinct 8-byte keys that are easy to tell apart."""
-    return [BlockKey(number.to_bytes(8, "big")) for number in numbers]
+def keys(*numbers: int) -> BlockKeys:
+    """Keys of blocks, one for each number."""
+    return b"".join((number + 1).to_bytes(8, "big") for number in numbers)
 
 
 def pod(name: str, epoch: int = 1) -> Domain:

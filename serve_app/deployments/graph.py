@@ -10,7 +10,6 @@ from typing import Any
 
 from ray.serve.handle import DeploymentHandle
 
-from serve_app.blocks import split_keys
 from serve_app.config import GraphArgs
 from serve_app.deployments.metrics import IndexMetrics
 from serve_app.errors import PromptError, StoreError
@@ -21,7 +20,7 @@ from serve_app.prompts.encoder import PromptEncoder
 from serve_app.prompts.prefix_store import PrefixStore as Store
 from serve_app.prompts.tokenizer import Segment
 from serve_app.prompts.tokenizer import Tokenizer as TokenizerModel
-from serve_app.types import EngineSpec, ModelId, PodId, PodMatch, Tier
+from serve_app.types import BlockKeys, EngineSpec, ModelId, PodId, PodMatch, Tier
 
 STALE_AFTER_S = 30.0  # a BlockIndex that has not heard from Redis for so long says that it is unhealthy
 
@@ -82,8 +81,8 @@ class BlockIndex:
     def spec(self) -> EngineSpec | None:
         return self._mirror.spec()
 
-    def match(self, keys: bytes, pods: Sequence[PodId] | None, count_hits: bool) -> dict[PodId, PodMatch]:
-        return dict(self._mirror.match(split_keys(keys), pods, count_hits=count_hits))
+    def match(self, keys: BlockKeys, pods: Sequence[PodId] | None, count_hits: bool) -> dict[PodId, PodMatch]:
+        return dict(self._mirror.match(keys, pods, count_hits=count_hits))
 
     def describe(self) -> dict[str, Any]:
         """The index as people want to see it."""

@@ -9,7 +9,7 @@ from ray.serve.handle import DeploymentHandle
 
 from serve_app.errors import PromptError
 from serve_app.indexer import Body, EncodedKeys
-from serve_app.types import BlockKey, EngineSpec, PodId, PodMatch
+from serve_app.types import BlockKeys, EngineSpec, PodId, PodMatch
 
 GetHandle = Callable[[], DeploymentHandle[Any]]
 
@@ -62,7 +62,7 @@ class RemoteIndex:
         return self._spec
 
     async def match(
-        self, keys: Sequence[BlockKey], pods: Sequence[PodId] | None, *, count_hits: bool
+        self, keys: BlockKeys, pods: Sequence[PodId] | None, *, count_hits: bool
     ) -> Mapping[PodId, PodMatch]:
-        answer: Mapping[PodId, PodMatch] = await self._block_index().match.remote(b"".join(keys), pods, count_hits)
+        answer: Mapping[PodId, PodMatch] = await self._block_index().match.remote(keys, pods, count_hits)
         return answer

@@ -24,19 +24,19 @@ import msgspec
 
 from serve_app.blocks import KEY_BYTES, block_keys, namespace_key, pack_tokens, split_keys
 from serve_app.events.wire import AllBlocksCleared, BlockRemoved, BlockStored, Event
-from serve_app.types import GPU, BlockKey, EngineHash, ModelId, Tier
+from serve_app.types import GPU, BlockKey, BlockKeys, EngineHash, ModelId, Tier
 
 
 @dataclass(frozen=True, slots=True)
 class Added:
     tier: Tier
-    keys: list[BlockKey]
+    keys: BlockKeys
 
 
 @dataclass(frozen=True, slots=True)
 class Removed:
     tier: Tier
-    keys: list[BlockKey]
+    keys: BlockKeys
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,7 +59,7 @@ class EngineBlocks:
         self.model = model
         self.block_size = block_size
         self.skipped: Counter[str] = Counter()
-        self._keys_of: dict[EngineHash, bytes] = {}  # engine hash -> its canonical keys, packed
+        self._keys_of: dict[EngineHash, BlockKeys] = {}  # its canonical keys
         self._held: dict[Tier, dict[BlockKey, int]] = {}  # copies of each block, by tier
 
     def apply(self, events: Iterable[Event]) -> list[Change]:
@@ -81,9 +81,9 @@ class EngineBlocks:
         self._keys_of.clear()
         self._held.clear()
 
-    def snapshot(self) -> dict[Tier, list[BlockKey]]:
+    def snapshot(self) -> dict[Tier, BlockKeys]:
         """All blocks held now, by tier."""
-        return {tier: list(held) for tier, held in self._held.items() if held}
+        return {tier: b"".join(held) for tier, held in self._held.items() if held}
 
     def __len__(self) -> int:
         return sum(len(held) for held in self._held.values())
@@ -109,18 +109,18 @@ class EngineBlocks:
         keys = block_keys(pack_tokens(event.token_ids), self.block_size, parent, self._extras(event))
         tier = _tier(event.medium)
         held = self._held.setdefault(tier, {})
-        keys_per_hash = event.block_size // self.block_size
+        bytes_per_hash = event.block_size // self.block_size * KEY_BYTES
         added: list[BlockKey] = []
         for i, engine_hash in enumerate(event.block_hashes):
-            own = keys[i * keys_per_hash : (i + 1) * keys_per_hash]
-            self._keys_of[engine_hash] = b"".join(own)
-            for key in own:
+            own = keys[i * bytes_per_hash : (i + 1) * bytes_per_hash]
+            self._keys_of[engine_hash] = own
+            for key in split_keys(own):
                 copies = held.get(key, 0)
                 held[key] = copies + 1
                 if not copies:
                     added.append(key)
         if added:
-            yield Added(tier, added)
+            yield Added(tier, b"".join(added))
 
     def _removed(self, event: BlockRemoved) -> Iterator[Removed]:
         if event.group_idx:
@@ -145,7 +145,7 @@ class EngineBlocks:
             if not any(own[-1] in tier_held for tier_held in self._held.values()):
                 del self._keys_of[engine_hash]
         if removed:
-            yield Removed(tier, removed)
+            yield Removed(tier, b"".join(removed))
 
     def _parent_key(self, event: BlockStored) -> BlockKey | None:
         """Key of the block before the event's first one; None if the engine never told us of it."""

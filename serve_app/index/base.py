@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from typing import Protocol
 
-from serve_app.types import BlockKey, Domain, DomainId, Epoch, PodId, PodMatch, Tier
+from serve_app.types import BlockKeys, Domain, DomainId, Epoch, PodId, PodMatch, Tier
 
 
 class IndexReader(Protocol):
     """Answers which pod holds how much of a prompt."""
 
     def match(
-        self, keys: Sequence[BlockKey], pods: Iterable[PodId] | None = None, *, count_hits: bool = False
+        self, keys: BlockKeys, pods: Iterable[PodId] | None = None, *, count_hits: bool = False
     ) -> Mapping[PodId, PodMatch]:
         """The match of every live pod (or of the given ones), also of those that hold nothing.
 
@@ -31,9 +31,9 @@ class IndexWriter(Protocol):
         """Register a domain, empty. A domain that was there with another epoch loses its blocks."""
         ...
 
-    def add(self, domain: DomainId, epoch: Epoch, tier: Tier, keys: Sequence[BlockKey]) -> None: ...
+    def add(self, domain: DomainId, epoch: Epoch, tier: Tier, keys: BlockKeys) -> None: ...
 
-    def remove(self, domain: DomainId, epoch: Epoch, tier: Tier, keys: Sequence[BlockKey]) -> None: ...
+    def remove(self, domain: DomainId, epoch: Epoch, tier: Tier, keys: BlockKeys) -> None: ...
 
     def clear(self, domain: DomainId, epoch: Epoch) -> None:
         """The domain holds nothing any more, but lives on."""

@@ -1,46 +1,69 @@
-"""The index in memory: per tier, block key -> bit mask of the domains that hold the block.
+"""The index in memory: which domains hold which blocks, and how much of a prompt each pod has.
 
-One pass over a prompt's keys with `mask &= index.get(key, 0)` gives every domain's matched length at once:
+Per tier, a table of block key -> bit mask of domains (table.py). The masks of a prompt's keys, each ANDed with those
+before it, say where every domain's match ends:
 
     keys      k0     k1     k2     k3            domain a (bit 0) holds k0 k1 k2, b (bit 1) holds k0
-    index     11     01     01     -             mask: 11 -> 01 -> 01 -> 00, so b matched 1 block, a matched 3
+    masks     11     01     01     00
+    ANDed     11     01     01     00            so b matched 1 block, a matched 3
 
-A domain that leaves, or is cleared, gives up its bit at once (O(1)): its mask is no longer in `_live`. The bit is
-used again only after `sweep` has erased it from every entry, some entries at a time.
-
-Readers need no lock: they take `_bits` and `_tiers` once, and dict look-ups are atomic. Writers must be one thread.
+Readers need no lock: they take `_live` and `_tiers` once, both of which are replaced and never changed in place.
+Writers must be one thread.
 """
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import islice
+from typing import NamedTuple
 
-from serve_app.types import GPU, BlockKey, Domain, DomainId, Epoch, PodId, PodMatch, Tier
+import numpy as np
 
-DEFAULT_MAX_BLOCKS = 20_000_000  # about 100 bytes each
-_EVICT_SHARE = 64  # evict 1/64 at a time: finding the oldest entry of a dict costs a scan over deleted ones
-_SWEEP_STEP = 20_000  # entries per sweep call, about 5 ms
-_FIRST_STEP = 32  # keys looked up before the first test whether anybody is left: an unknown prompt costs no more
-_STEP = 512  # keys looked up at a time after that
-_MAX_MASKS = 65_536  # distinct masks that are shared
+from serve_app.index.table import BlockTable
+from serve_app.types import GPU, BlockKeys, Domain, DomainId, Epoch, PodId, PodMatch, Tier
+
+DEFAULT_MAX_BLOCKS = 20_000_000  # some 50 bytes each (benchmarks/bench_read_path.py)
+_EVICT_SHARE = 64  # evict 1/64 at a time: finding the oldest costs a pass over all
+_WORD_BITS = 64
+_WORD = (1 << _WORD_BITS) - 1
 _NO_MATCH = PodMatch()
 
 
 @dataclass(slots=True)
 class _Member:
     domain: Domain
-    mask: int  # one bit
+    bit: int  # position in the masks
     live: bool = True  # its lease is held
+
+
+class _Group(NamedTuple):
+    """Pods that have matched the same blocks so far."""
+
+    mask: int  # who
+    end: int  # blocks
+    tokens: dict[Tier, int]
+
+    def with_tokens(self, tier: Tier, count: int) -> dict[Tier, int]:
+        return {**self.tokens, tier: count} if count else self.tokens
+
+
+class _Live:
+    """The pods that are there now, as a reader needs them."""
+
+    __slots__ = ("bit_of", "mask", "no_match", "pod_of")
+
+    def __init__(self, bit_of: dict[PodId, int]) -> None:
+        self.bit_of = bit_of  # as masks of one bit
+        self.pod_of = {bit: pod for pod, bit in bit_of.items()}
+        self.mask = sum(bit_of.values())
+        self.no_match = dict.fromkeys(bit_of, _NO_MATCH)
 
 
 class MemoryIndex:
     """IndexReader and IndexWriter in this process.
 
     Args:
-        max_blocks: cap on entries over all tiers; the oldest are evicted and counted in `evicted_blocks`.
+        max_blocks: cap on blocks over all tiers; the oldest are evicted and counted in `evicted_blocks`.
         tier_order: tiers from fastest to slowest. A tier that is not named comes last.
     """
 
@@ -48,13 +71,10 @@ class MemoryIndex:
         self.max_blocks = max_blocks
         self.evicted_blocks = 0
         self._tier_order = tuple(tier_order)
-        self._tiers: dict[Tier, dict[BlockKey, int]] = {}
+        self._tiers: dict[Tier, BlockTable] = {}
         self._members: dict[DomainId, _Member] = {}
-        self._masks: dict[int, int] = {}  # equal masks are one object: a large int takes 40 bytes
-        self._dead_bits = 0  # bits given up and not yet erased from the entries
-        self._sweep: Iterator[None] | None = None
         self._block_size = 0
-        self._by_pod: dict[PodId, int] = {}  # live pods -> their bit; replaced, never changed in place
+        self._live = _Live({})
 
     # -- writer ---------------------------------------------------------------------------------------------------
 
@@ -64,57 +84,40 @@ class MemoryIndex:
             known.domain = domain
             return
         if known is not None:
-            self._give_up(known.mask)
-        self._members[domain.id] = _Member(domain, self._free_bit())
+            self._drop(domain.id)
+        used = {member.bit for member in self._members.values()}
+        free = next(bit for bit in range(len(used) + 1) if bit not in used)
+        self._members[domain.id] = _Member(domain, free)
         self._block_size = domain.spec.block_size
         self._refresh()
 
-    def add(self, domain: DomainId, epoch: Epoch, tier: Tier, keys: Sequence[BlockKey]) -> None:
+    def add(self, domain: DomainId, epoch: Epoch, tier: Tier, keys: BlockKeys) -> None:
         member = self._current(domain, epoch)
         if member is None:
             return
-        blocks = self._tiers.get(tier)
-        if blocks is None:
-            blocks = {}
-            self._tiers = self._in_order({**self._tiers, tier: blocks})
-        mask = both = member.mask
-        held = 0  # what the block before had; `both` is that and the new bit
-        get = blocks.get
-        for key in keys:
-            before = get(key, 0)
-            if before != held:
-                held, both = before, self._shared(before | mask)
-            blocks[key] = both
-        if len(blocks) > self.max_blocks:
-            self._evict(blocks)
+        table = self._tiers.get(tier)
+        if table is None:
+            table = BlockTable()
+            self._tiers = self._in_order({**self._tiers, tier: table})
+        table.add(keys, member.bit)
+        over = sum(map(len, self._tiers.values())) - self.max_blocks
+        if over > 0:
+            largest = max(self._tiers.values(), key=len)
+            self.evicted_blocks += largest.evict(max(over, self.max_blocks // _EVICT_SHARE))
 
-    def remove(self, domain: DomainId, epoch: Epoch, tier: Tier, keys: Sequence[BlockKey]) -> None:
-        member = self._current(domain, epoch)
-        blocks = self._tiers.get(tier)
-        if member is None or blocks is None:
-            return
-        keep = ~member.mask
-        held = left = 0
-        for key in keys:
-            before = blocks.get(key, 0)
-            if before != held:
-                held, left = before, self._shared(before & keep)
-            if left:
-                blocks[key] = left
-            elif before:
-                del blocks[key]
+    def remove(self, domain: DomainId, epoch: Epoch, tier: Tier, keys: BlockKeys) -> None:
+        member, table = self._current(domain, epoch), self._tiers.get(tier)
+        if member is not None and table is not None:
+            table.remove(keys, member.bit)
 
     def clear(self, domain: DomainId, epoch: Epoch) -> None:
         member = self._current(domain, epoch)
         if member is not None:
-            self._give_up(member.mask)
-            member.mask = self._free_bit()
-            self._refresh()
+            self._erase(member.bit)
 
     def leave(self, domain: DomainId, epoch: Epoch) -> None:
         if self._current(domain, epoch) is not None:
-            self._give_up(self._members.pop(domain).mask)
-            self._refresh()
+            self._drop(domain)
 
     def set_live(self, domain: DomainId, live: bool) -> None:
         """A domain without a lease matches nothing; its blocks are kept in case the lease comes back."""
@@ -123,51 +126,42 @@ class MemoryIndex:
             member.live = live
             self._refresh()
 
-    def sweep(self) -> bool:
-        """Erase given-up bits from some thousand entries. Returns True while there is more to do."""
-        if not self._dead_bits:
-            return False
-        if self._sweep is None:
-            self._sweep = self._sweep_all(self._dead_bits)
-        if next(self._sweep, self) is self:
-            self._sweep = None
-        return bool(self._dead_bits)
-
     # -- reader ---------------------------------------------------------------------------------------------------
 
     def match(
-        self, keys: Sequence[BlockKey], pods: Iterable[PodId] | None = None, *, count_hits: bool = False
+        self, keys: BlockKeys, pods: Iterable[PodId] | None = None, *, count_hits: bool = False
     ) -> dict[PodId, PodMatch]:
-        by_pod, tiers, block_size = self._by_pod, self._tiers, self._block_size
-        if pods is not None:
-            by_pod = {pod: by_pod.get(pod, 0) for pod in pods}
-        wanted = 0
-        for bit in by_pod.values():
-            wanted |= bit
-        tokens: dict[int, dict[Tier, int]] = {}  # by bit, of those that match anything
-        ends = {0: wanted}  # blocks matched so far -> mask of who; a slower tier goes on where a faster one ended
-        for tier, blocks in tiers.items():
-            starts, ends = ends, {}
-            for start, mask in starts.items():
-                for end, ended in _runs(blocks, keys, start, mask):
-                    ends[end] = ends.get(end, 0) | ended
-                    if end > start:
-                        for bit in _bits(ended):
-                            tokens.setdefault(bit, {})[tier] = (end - start) * block_size
-        if count_hits:
-            hits = _hit_counts(tiers.values(), keys, wanted)
+        live, block_size = self._live, self._block_size
+        if pods is None:
+            found, wanted = live.no_match.copy(), live.mask
         else:
-            hits = {bit: end for end, mask in ends.items() if end for bit in _bits(mask)}
-        found = dict.fromkeys(by_pod, _NO_MATCH)
-        if hits:
-            for pod, bit in by_pod.items():
-                if bit in hits:
-                    found[pod] = PodMatch(tokens.get(bit, {}), hits[bit])
+            found, wanted = dict.fromkeys(pods, _NO_MATCH), 0
+            for pod in found:
+                wanted |= live.bit_of.get(pod, 0)
+        if not wanted:
+            return found
+        tables = self._tiers
+        groups = [_Group(wanted, 0, {})]
+        for tier, table in tables.items():  # a slower tier goes on where the faster one ended
+            groups = [
+                _Group(mask, end, group.with_tokens(tier, (end - group.end) * block_size))
+                for group in groups
+                for end, mask in table.runs(keys, group.end, group.mask)
+            ]
+        hits = _hit_counts(tables.values(), keys, wanted) if count_hits else None
+        for group in groups:
+            if hits is None and group.end:
+                match = PodMatch(group.tokens, group.end)
+                for bit in _each_bit(group.mask):
+                    found[live.pod_of[bit]] = match
+            elif hits:
+                for bit in _each_bit(group.mask):
+                    found[live.pod_of[bit]] = PodMatch(group.tokens, hits.get(bit, 0))
         return found
 
     def pods(self) -> list[PodId]:
         """Live pods."""
-        return list(self._by_pod)
+        return list(self._live.bit_of)
 
     def domains(self) -> list[Domain]:
         """Every known domain, live or not."""
@@ -182,8 +176,8 @@ class MemoryIndex:
         return member is not None and member.live
 
     def block_counts(self) -> Mapping[Tier, int]:
-        """Distinct blocks by tier, including some that only departed domains held until they are swept."""
-        return {tier: len(blocks) for tier, blocks in self._tiers.items()}
+        """Distinct blocks by tier."""
+        return {tier: len(table) for tier, table in self._tiers.items()}
 
     # -- inside ---------------------------------------------------------------------------------------------------
 
@@ -191,81 +185,30 @@ class MemoryIndex:
         member = self._members.get(domain)
         return member if member is not None and member.domain.epoch == epoch else None
 
-    def _shared(self, mask: int) -> int:
-        """The one object for this mask."""
-        if len(self._masks) >= _MAX_MASKS:
-            self._masks.clear()  # only sharing is lost
-        return self._masks.setdefault(mask, mask)
+    def _drop(self, domain: DomainId) -> None:
+        member = self._members.pop(domain)
+        self._refresh()  # first, so that no reader asks for the bit while it is taken out
+        self._erase(member.bit)
+
+    def _erase(self, bit: int) -> None:
+        for table in self._tiers.values():
+            table.erase(bit)
 
     def _refresh(self) -> None:
-        self._by_pod = {
-            member.domain.pod: member.mask
-            for member in self._members.values()
-            if member.live and member.domain.pod is not None
-        }
+        self._live = _Live(
+            {
+                member.domain.pod: 1 << member.bit
+                for member in self._members.values()
+                if member.live and member.domain.pod is not None
+            }
+        )
 
-    def _free_bit(self) -> int:
-        used = self._dead_bits
-        for member in self._members.values():
-            used |= member.mask
-        return ~used & (used + 1)  # lowest bit that is not set
-
-    def _give_up(self, mask: int) -> None:
-        self._dead_bits |= mask
-
-    def _sweep_all(self, dead: int) -> Iterator[None]:
-        for blocks in list(self._tiers.values()):
-            keys = list(blocks)
-            for start in range(0, len(keys), _SWEEP_STEP):
-                for key in keys[start : start + _SWEEP_STEP]:
-                    mask = blocks.get(key, 0)
-                    if mask & dead:
-                        if mask & ~dead:
-                            blocks[key] = self._shared(mask & ~dead)
-                        else:
-                            del blocks[key]
-                yield
-        self._dead_bits &= ~dead
-
-    def _evict(self, blocks: dict[BlockKey, int]) -> None:
-        count = max(len(blocks) - self.max_blocks, self.max_blocks // _EVICT_SHARE)
-        oldest = list(islice(blocks, count))
-        for key in oldest:
-            del blocks[key]
-        self.evicted_blocks += len(oldest)
-
-    def _in_order(self, tiers: dict[Tier, dict[BlockKey, int]]) -> dict[Tier, dict[BlockKey, int]]:
+    def _in_order(self, tiers: dict[Tier, BlockTable]) -> dict[Tier, BlockTable]:
         rank = {tier: i for i, tier in enumerate(self._tier_order)}
         return dict(sorted(tiers.items(), key=lambda item: rank.get(item[0], len(rank))))
 
 
-def _runs(blocks: Mapping[BlockKey, int], keys: Sequence[BlockKey], start: int, mask: int) -> Iterator[tuple[int, int]]:
-    """Where the unbroken runs of keys from `start` on end, and who ends there: (position, bits of `mask`).
-
-    A prompt has few distinct masks, since who holds it changes at few places. So the loops over its keys, some hundreds
-    at a time, are in C (look up, drop duplicates in order), and the one in Python is over the distinct masks only:
-
-        masks   11 11 11 01 01 01 00        distinct: 11, 01, 00        runs: (3, bit 1), (6, bit 0)
-    """
-    at, step = start, _FIRST_STEP
-    while mask and at < len(keys):
-        found = list(map(blocks.get, keys[at : at + step]))
-        seen = 0
-        for held in dict.fromkeys(found):
-            left = mask & held if held else 0
-            if left != mask:
-                seen = found.index(held, seen)
-                yield at + seen, mask ^ left
-                mask = left
-                if not mask:
-                    return
-        at += step
-        step = _STEP
-    if mask:
-        yield len(keys), mask
-
-
-def _bits(mask: int) -> Iterator[int]:
+def _each_bit(mask: int) -> Iterator[int]:
     """The set bits, each as a mask."""
     while mask:
         bit = mask & -mask
@@ -273,13 +216,14 @@ def _bits(mask: int) -> Iterator[int]:
         mask ^= bit
 
 
-def _hit_counts(tiers: Iterable[Mapping[BlockKey, int]], keys: Sequence[BlockKey], wanted: int) -> dict[int, int]:
+def _hit_counts(tables: Iterable[BlockTable], keys: BlockKeys, wanted: int) -> dict[int, int]:
     """How many of the keys each bit of `wanted` holds in any tier, in any place; bits without one are left out."""
     counts: dict[int, int] = {}
-    for held, times in Counter(zip(*(map(blocks.get, keys) for blocks in tiers), strict=True)).items():
-        mask = 0
-        for of_tier in held:
-            mask |= of_tier or 0
-        for bit in _bits(mask & wanted):
-            counts[bit] = counts.get(bit, 0) + times
+    by_tier = [table.masks(keys) for table in tables]
+    for i in range(max((masks.shape[1] for masks in by_tier), default=0)):
+        held = np.bitwise_or.reduce([masks[:, i] for masks in by_tier if i < masks.shape[1]])
+        for bit in _each_bit(wanted >> i * _WORD_BITS & _WORD):
+            count = int(np.count_nonzero(held & np.uint64(bit)))
+            if count:
+                counts[bit << i * _WORD_BITS] = count
     return counts

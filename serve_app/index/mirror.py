@@ -21,7 +21,6 @@ from typing import Any
 
 import redis
 
-from serve_app.blocks import split_keys
 from serve_app.index.connection import connect, redact
 from serve_app.index.keyspace import (
     LOG_FIELD,
@@ -36,7 +35,7 @@ from serve_app.index.keyspace import (
 from serve_app.index.memory import DEFAULT_MAX_BLOCKS, MemoryIndex
 from serve_app.types import (
     GPU,
-    BlockKey,
+    BlockKeys,
     Domain,
     DomainId,
     EngineSpec,
@@ -121,7 +120,7 @@ class Mirror:
     # -- reader ---------------------------------------------------------------------------------------------------
 
     def match(
-        self, keys: Sequence[BlockKey], pods: Iterable[PodId] | None = None, *, count_hits: bool = False
+        self, keys: BlockKeys, pods: Iterable[PodId] | None = None, *, count_hits: bool = False
     ) -> Mapping[PodId, PodMatch]:
         return self._index.match(keys, pods, count_hits=count_hits)
 
@@ -214,12 +213,12 @@ class Mirror:
         self.counters["loads"] += 1
         self._ready.set()
 
-    def _scan(self, name: str) -> Iterable[list[BlockKey]]:
+    def _scan(self, name: str) -> Iterable[BlockKeys]:
         cursor = -1
         while cursor:
             answer: Any = self._redis.sscan(name, max(cursor, 0), count=SCAN_COUNT)
             cursor, keys = answer
-            yield keys
+            yield b"".join(keys)
 
     def _follow(self) -> None:
         answer: Any = self._redis.xread({self._keys.log: self._position or "0-0"}, READ_COUNT, READ_BLOCK_MS)
@@ -230,8 +229,6 @@ class Mirror:
             self._position = entry_id.decode()
         if entries:
             self._lag_s = max(0.0, time.time() - int(entries[-1][0].split(b"-")[0]) / 1000)
-        if not entries or len(entries) < READ_COUNT:
-            self._index.sweep()
 
     def _apply(self, record: LogRecord) -> None:
         domain, epoch, index = DomainId(record.domain), Epoch(record.epoch), self._index
@@ -240,9 +237,9 @@ class Mirror:
             self._expect(domain, record)
         match record.op:
             case "add":
-                index.add(domain, epoch, Tier(record.tier), split_keys(record.keys))
+                index.add(domain, epoch, Tier(record.tier), record.keys)
             case "remove":
-                index.remove(domain, epoch, Tier(record.tier), split_keys(record.keys))
+                index.remove(domain, epoch, Tier(record.tier), record.keys)
             case "clear":
                 index.clear(domain, epoch)
             case "join" if record.record is not None:

@@ -6,12 +6,12 @@ is not known what arrived: the caller joins again under a new epoch, and everyth
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import redis
 
+from serve_app.blocks import KEY_BYTES, split_keys
 from serve_app.errors import StoreError
 from serve_app.index.connection import connect
 from serve_app.index.keyspace import (
@@ -23,7 +23,7 @@ from serve_app.index.keyspace import (
     decode_domain,
     encode,
 )
-from serve_app.types import BlockKey, Domain, DomainId, Epoch, ModelId, Tier
+from serve_app.types import BlockKeys, Domain, DomainId, Epoch, ModelId, Tier
 
 LEASE_TTL_S = 3.0  # a dead domain is out of every mirror within this and one check of the mirror
 STATE_TTL_S = 600  # block sets that nobody renews go away by themselves
@@ -56,7 +56,7 @@ class RedisWriter:
         self._published: dict[DomainId, _Published] = {}
         self._pipeline = self._redis.pipeline(transaction=True)
         self._run: tuple[str, DomainId, Tier] | None = None  # kind of change in `_run_keys`
-        self._run_keys: list[BlockKey] = []
+        self._run_keys: list[BlockKeys] = []
 
     # -- IndexWriter, buffered ------------------------------------------------------------------------------------
 
@@ -68,10 +68,10 @@ class RedisWriter:
         self._pipeline.hset(self._keys.domains, domain.id, encode(DomainRecord.of(domain)))
         self._log(published, "join", record=DomainRecord.of(domain))
 
-    def add(self, domain: DomainId, epoch: Epoch, tier: Tier, keys: Sequence[BlockKey]) -> None:
+    def add(self, domain: DomainId, epoch: Epoch, tier: Tier, keys: BlockKeys) -> None:
         self._change("add", domain, epoch, tier, keys)
 
-    def remove(self, domain: DomainId, epoch: Epoch, tier: Tier, keys: Sequence[BlockKey]) -> None:
+    def remove(self, domain: DomainId, epoch: Epoch, tier: Tier, keys: BlockKeys) -> None:
         self._change("remove", domain, epoch, tier, keys)
 
     def clear(self, domain: DomainId, epoch: Epoch) -> None:
@@ -145,17 +145,17 @@ class RedisWriter:
         published = self._published.get(domain)
         return published if published is not None and published.domain.epoch == epoch else None
 
-    def _change(self, op: str, domain: DomainId, epoch: Epoch, tier: Tier, keys: Sequence[BlockKey]) -> None:
+    def _change(self, op: str, domain: DomainId, epoch: Epoch, tier: Tier, keys: BlockKeys) -> None:
         if self._current(domain, epoch) is None:
             return
         if self._run != (op, domain, tier):
             self._end_run()
             self._run = (op, domain, tier)
-        self._run_keys.extend(keys)
+        self._run_keys.append(keys)
 
     def _end_run(self) -> None:
         """Turn the merged run of changes into commands."""
-        run, keys = self._run, self._run_keys
+        run, keys = self._run, b"".join(self._run_keys)
         self._run, self._run_keys = None, []
         if run is None or not keys:
             return
@@ -166,10 +166,10 @@ class RedisWriter:
             published.tiers.add(tier)
             record = DomainRecord.of(published.domain, tuple(sorted(published.tiers)))
             self._pipeline.hset(self._keys.domains, domain_id, encode(record))
-        for start in range(0, len(keys), _KEYS_PER_COMMAND):
-            some = keys[start : start + _KEYS_PER_COMMAND]
-            (self._pipeline.sadd if op == "add" else self._pipeline.srem)(name, *some)
-            self._log(published, op, tier=tier, keys=b"".join(some))
+        for start in range(0, len(keys), _KEYS_PER_COMMAND * KEY_BYTES):
+            some = keys[start : start + _KEYS_PER_COMMAND * KEY_BYTES]
+            (self._pipeline.sadd if op == "add" else self._pipeline.srem)(name, *split_keys(some))
+            self._log(published, op, tier=tier, keys=some)
 
     def _log(
         self,

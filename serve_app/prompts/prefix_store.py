@@ -22,9 +22,9 @@ from threading import Lock
 
 import xxhash
 
-from serve_app.blocks import block_keys, split_keys
+from serve_app.blocks import KEY_BYTES, block_keys
 from serve_app.prompts.tokenizer import Segment
-from serve_app.types import BlockKey
+from serve_app.types import BlockKey, BlockKeys
 
 _TOKEN_BYTES = 4
 _DIGEST_BYTES = 16
@@ -37,7 +37,7 @@ _NAMED_SHARE = 16  # names and their lists take at most 1/16 of the store
 @dataclass(frozen=True, slots=True)
 class _Entry:
     ids: bytes  # packed token ids of the segment
-    keys: bytes  # packed keys of the blocks that end in the segment
+    keys: BlockKeys  # of the blocks that end in the segment
     tail: bytes  # packed token ids since the last full block, also from segments before
     parent: BlockKey  # key of the last full block, to go on from
 
@@ -61,7 +61,7 @@ class Lookup:
 class EncodedPrompt:
     """A prompt as the index sees it."""
 
-    block_keys: list[BlockKey]  # of its full blocks
+    block_keys: BlockKeys  # of its full blocks
     token_count: int
     cached_token_count: int  # of these, how many did not have to be tokenized
     chunks: tuple[bytes, ...]  # packed token ids
@@ -159,15 +159,15 @@ class PrefixStore:
         for segment_ids in ids:
             tokens = tail + segment_ids
             keys = block_keys(tokens, lookup.block_size, parent)
-            tail = tokens[len(keys) * lookup.block_size * _TOKEN_BYTES :]
-            parent = keys[-1] if keys else parent
-            made.append(_Entry(segment_ids, b"".join(keys), tail, parent))
+            tail = tokens[len(keys) // KEY_BYTES * lookup.block_size * _TOKEN_BYTES :]
+            parent = BlockKey(keys[-KEY_BYTES:]) if keys else parent
+            made.append(_Entry(segment_ids, keys, tail, parent))
         if made:
             self._store(lookup.digests, len(lookup.known), made)
         entries = (*lookup.known, *made)
         chunks = tuple(e.ids for e in entries)
         return EncodedPrompt(
-            block_keys=split_keys(b"".join(e.keys for e in entries)),
+            block_keys=b"".join(e.keys for e in entries),
             token_count=sum(map(len, chunks)) // _TOKEN_BYTES,
             cached_token_count=sum(len(e.ids) for e in lookup.known) // _TOKEN_BYTES,
             chunks=chunks,

@@ -17,7 +17,7 @@ from serve_app.blocks import block_keys, namespace_key, pack_tokens
 from serve_app.events.publisher import PublisherConfig
 from serve_app.events.source import EventSource
 from serve_app.index.mirror import Mirror
-from serve_app.types import BlockKey, ModelId, PodId
+from serve_app.types import BlockKeys, ModelId, PodId
 from tests.helpers import eventually
 
 MODEL = ModelId("test-model")
@@ -86,7 +86,7 @@ def _hash(first_token: int) -> bytes:
     return b"engine-%d" % first_token
 
 
-def prompt(tokens: range) -> list[BlockKey]:
+def prompt(tokens: range) -> BlockKeys:
     return block_keys(pack_tokens(tokens), SIZE, namespace_key(MODEL, SIZE))
 
 

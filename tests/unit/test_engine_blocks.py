@@ -1,6 +1,6 @@
 """Engine events -> canonical changes: copies, tiers, chunks, namespaces, and whatever cannot be understood."""
 
-from serve_app.blocks import block_keys, namespace_key, pack_tokens
+from serve_app.blocks import block_keys, namespace_key, pack_tokens, split_keys
 from serve_app.events.engine_blocks import Added, Cleared, EngineBlocks, Removed
 from serve_app.events.wire import AllBlocksCleared, BlockRemoved, BlockStored
 from serve_app.types import CPU, GPU, BlockKey, ModelId
@@ -10,7 +10,7 @@ SIZE = 2
 
 
 def canonical(tokens: list[int], lora: str | None = None, salt: str | None = None) -> list[BlockKey]:
-    return block_keys(pack_tokens(tokens), SIZE, namespace_key(MODEL, SIZE, lora, salt))
+    return split_keys(block_keys(pack_tokens(tokens), SIZE, namespace_key(MODEL, SIZE, lora, salt)))
 
 
 def stored(hashes: list[bytes], tokens: list[int], parent: bytes | None = None, **more: object) -> BlockStored:
@@ -20,19 +20,19 @@ def stored(hashes: list[bytes], tokens: list[int], parent: bytes | None = None, 
 def test_keys_are_those_of_the_request_whatever_the_engine_calls_its_blocks() -> None:
     blocks = EngineBlocks(MODEL, SIZE)
     k1, k2, k3 = canonical([1, 2, 3, 4, 5, 6])
-    assert blocks.apply([stored([b"x", b"y"], [1, 2, 3, 4])]) == [Added(GPU, [k1, k2])]
-    assert blocks.apply([stored([b"z"], [5, 6], parent=b"y")]) == [Added(GPU, [k3])]
-    assert blocks.apply([BlockRemoved([b"y", b"z"], "GPU")]) == [Removed(GPU, [k2, k3])]
-    assert blocks.snapshot() == {GPU: [k1]}
+    assert blocks.apply([stored([b"x", b"y"], [1, 2, 3, 4])]) == [Added(GPU, k1 + k2)]
+    assert blocks.apply([stored([b"z"], [5, 6], parent=b"y")]) == [Added(GPU, k3)]
+    assert blocks.apply([BlockRemoved([b"y", b"z"], "GPU")]) == [Removed(GPU, k2 + k3)]
+    assert blocks.snapshot() == {GPU: k1}
 
 
 def test_a_block_held_twice_is_gone_when_both_copies_are() -> None:
     blocks = EngineBlocks(MODEL, SIZE)
     (k1,) = canonical([1, 2])
     event = stored([b"x"], [1, 2])
-    assert blocks.apply([event, event]) == [Added(GPU, [k1])]
+    assert blocks.apply([event, event]) == [Added(GPU, k1)]
     assert blocks.apply([BlockRemoved([b"x"], "GPU")]) == []
-    assert blocks.apply([BlockRemoved([b"x"], "GPU")]) == [Removed(GPU, [k1])]
+    assert blocks.apply([BlockRemoved([b"x"], "GPU")]) == [Removed(GPU, k1)]
     assert len(blocks) == 0
 
 
@@ -40,19 +40,19 @@ def test_tiers_are_told_apart() -> None:
     blocks = EngineBlocks(MODEL, SIZE)
     (k1,) = canonical([1, 2])
     assert blocks.apply([stored([b"x"], [1, 2]), stored([b"x"], [1, 2], medium="CPU")]) == [
-        Added(GPU, [k1]),
-        Added(CPU, [k1]),
+        Added(GPU, k1),
+        Added(CPU, k1),
     ]
-    assert blocks.apply([BlockRemoved([b"x"], "GPU")]) == [Removed(GPU, [k1])]
-    assert blocks.apply([BlockRemoved([b"x"], "CPU")]) == [Removed(CPU, [k1])]
+    assert blocks.apply([BlockRemoved([b"x"], "GPU")]) == [Removed(GPU, k1)]
+    assert blocks.apply([BlockRemoved([b"x"], "CPU")]) == [Removed(CPU, k1)]
 
 
 def test_an_old_engine_that_names_no_medium_means_gpu() -> None:
     blocks = EngineBlocks(MODEL, SIZE)
     (k1,) = canonical([1, 2])
     assert blocks.apply([stored([b"x"], [1, 2], medium=None), BlockRemoved([b"x"])]) == [
-        Added(GPU, [k1]),
-        Removed(GPU, [k1]),
+        Added(GPU, k1),
+        Removed(GPU, k1),
     ]
 
 
@@ -60,10 +60,10 @@ def test_larger_chunks_are_cut_into_canonical_blocks() -> None:
     blocks = EngineBlocks(MODEL, SIZE)
     keys = canonical([1, 2, 3, 4, 5, 6, 7, 8])
     assert blocks.apply([stored([b"c1", b"c2"], [1, 2, 3, 4, 5, 6, 7, 8], medium="CPU", block_size=4)]) == [
-        Added(CPU, keys)
+        Added(CPU, b"".join(keys))
     ]
-    assert blocks.apply([BlockRemoved([b"c1"], "CPU")]) == [Removed(CPU, keys[:2])]
-    assert blocks.apply([stored([b"g"], [9, 10], parent=b"c2")]) == [Added(GPU, [canonical(list(range(1, 11)))[4]])]
+    assert blocks.apply([BlockRemoved([b"c1"], "CPU")]) == [Removed(CPU, b"".join(keys[:2]))]
+    assert blocks.apply([stored([b"g"], [9, 10], parent=b"c2")]) == [Added(GPU, canonical(list(range(1, 11)))[4])]
 
 
 def test_lora_and_salt_are_the_namespace() -> None:
@@ -73,7 +73,7 @@ def test_lora_and_salt_are_the_namespace() -> None:
         ({"extra_keys": [("s",), None]}, canonical([1, 2, 3, 4], salt="s")),
         ({"lora_name": "l", "extra_keys": [("l", "s"), ("l",)]}, canonical([1, 2, 3, 4], lora="l", salt="s")),
     ):
-        assert blocks.apply([stored([b"x", b"y"], [1, 2, 3, 4], **more)]) == [Added(GPU, expected)]
+        assert blocks.apply([stored([b"x", b"y"], [1, 2, 3, 4], **more)]) == [Added(GPU, b"".join(expected))]
         blocks.clear()
 
 
@@ -84,8 +84,9 @@ def test_an_image_ends_the_prefix_that_a_text_request_can_match() -> None:
         [stored([b"x", b"y", b"z"], [1, 2, 3, 4, 5, 6], extra_keys=[None, (("image-hash", 0),), None])]
     )
     assert isinstance(added, Added)
-    assert added.keys[0] == text[0]
-    assert not set(added.keys[1:]) & set(text)
+    first, *others = split_keys(added.keys)
+    assert first == text[0]
+    assert not set(others) & set(text)
 
 
 def test_cleared_means_everything() -> None:

@@ -1,4 +1,4 @@
-"""What only the in-memory index has: liveness, sweeping of given-up bits, and the cap."""
+"""What only the in-memory index has: liveness, bits of domains, and the cap."""
 
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -30,28 +30,43 @@ def test_registering_a_domain_again_under_its_epoch_keeps_its_blocks() -> None:
     assert index.match(keys(1))[A].total_tokens == 4
 
 
-def test_sweeping_frees_what_departed_domains_held_and_nothing_else() -> None:
+def test_what_a_departed_domain_held_is_gone_and_its_bit_is_used_again() -> None:
     index = MemoryIndex()
     for name in ("a", "b"):
         index.join(pod(name))
     index.add(DomainId("a"), E1, GPU, keys(*range(50_000)))
     index.add(DomainId("b"), E1, GPU, keys(*range(10)))
     index.leave(DomainId("a"), E1)
-    assert index.block_counts() == {GPU: 50_000}
-    while index.sweep():
-        assert index.match(keys(*range(20)))[B].total_tokens == 40
     assert index.block_counts() == {GPU: 10}
-
-
-def test_bits_are_reused_after_a_sweep_only() -> None:
-    index = MemoryIndex()
     for epoch in range(1, 200):
         index.join(pod("a", epoch))
         index.add(DomainId("a"), Epoch(epoch), GPU, keys(epoch))
         assert index.match(keys(epoch - 1))[A].total_tokens == 0
-        while index.sweep():
-            pass
-    assert index._members[DomainId("a")].mask <= 2
+        assert index.match(keys(epoch))[A].total_tokens == 4
+        assert index.match(keys(*range(20)))[B].total_tokens == 40
+    assert max(member.bit for member in index._members.values()) == 1
+
+
+def test_any_number_of_domains() -> None:
+    """A mask has as many words as it takes; some tiers hold blocks of the later domains only."""
+    index = MemoryIndex(tier_order=(GPU, CPU))
+    names = [f"p{i}" for i in range(150)]
+    for i, name in enumerate(names):
+        index.join(pod(name))
+        index.add(DomainId(name), E1, GPU, keys(*range(i)))
+        if i in (3, 140):
+            index.add(DomainId(name), E1, CPU, keys(*range(200)))
+    for found in (index.match(keys(*range(200))), index.match(keys(*range(200)), count_hits=True)):
+        for i, name in enumerate(names):
+            match = found[PodId(name)]
+            assert match.tokens.get(GPU, 0) == i * 4
+            assert match.tokens.get(CPU, 0) == ((200 - i) * 4 if i in (3, 140) else 0)
+            assert match.hit_blocks == (200 if i in (3, 140) else i)
+    for name in names[:100]:
+        index.leave(DomainId(name), E1)
+    assert {pod: match.tokens.get(GPU, 0) for pod, match in index.match(keys(*range(200))).items()} == {
+        PodId(f"p{i}"): i * 4 for i in range(100, 150)
+    }
 
 
 def test_the_cap_evicts_the_oldest_and_counts() -> None:
@@ -71,7 +86,7 @@ some_keys = st.lists(st.integers(0, 12), max_size=8)
 operations = st.lists(
     st.one_of(
         st.tuples(st.sampled_from(["add", "remove"]), names, st.sampled_from([GPU, CPU]), some_keys),
-        st.tuples(st.sampled_from(["clear", "leave", "join", "down", "up", "sweep"]), names),
+        st.tuples(st.sampled_from(["clear", "leave", "join", "down", "up"]), names),
     ),
     max_size=40,
 )
@@ -107,8 +122,6 @@ def test_equals_a_plain_model(history: list[tuple[object, ...]], prompt: list[in
             case "up":
                 down.discard(name)
                 index.set_live(domain, True)
-            case "sweep":
-                index.sweep()
             case "add" | "remove":
                 tier, numbers = rest
                 if name in model:
@@ -130,3 +143,14 @@ def test_equals_a_plain_model(history: list[tuple[object, ...]], prompt: list[in
             start = end
         held = model[name][GPU] | model[name][CPU]
         assert match.hit_blocks == sum(number in held for number in prompt)
+
+
+def test_nobody_to_ask_for() -> None:
+    index = MemoryIndex(tier_order=(GPU, CPU))
+    index.join(pod("a"))
+    for tier in (GPU, CPU):
+        index.add(DomainId("a"), E1, tier, keys(1))
+    assert index.match(keys(1), []) == {}
+    assert index.match(keys(1), [B])[B].total_tokens == 0
+    index.set_live(DomainId("a"), False)
+    assert index.match(keys(1), count_hits=True) == {}

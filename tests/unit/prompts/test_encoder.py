@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 from tokenizers import Tokenizer
 
-from serve_app.blocks import block_keys, namespace_key, pack_tokens
+from serve_app.blocks import block_keys, namespace_key, pack_tokens, split_keys
 from serve_app.errors import PromptError
 from serve_app.prompts import encoder as encoder_module
 from serve_app.prompts.encoder import PromptEncoder
@@ -52,7 +52,7 @@ def test_steps_may_run_elsewhere(encoder: PromptEncoder) -> None:
 
 def test_namespaces(encoder: PromptEncoder) -> None:
     bodies = [chat("hi"), chat("hi", cache_salt="s"), chat("hi") | {"model": "lora"}]
-    keys = [encoder.encode(b)[0].block_keys for b in bodies]
+    keys = [split_keys(encoder.encode(b)[0].block_keys) for b in bodies]
     assert not set(keys[0]) & set(keys[1])
     assert not set(keys[0]) & set(keys[2])
 
@@ -61,7 +61,7 @@ def test_tokens_and_lists(encoder: PromptEncoder) -> None:
     ids = list(range(40))
     one, two = encoder.encode({"prompt": [ids, ids[:16]]})
     assert one.token_ids() == ids
-    assert one.block_keys[:1] == two.block_keys == block_keys(pack_tokens(ids[:16]), 16, namespace_key(MODEL, 16))
+    assert one.block_keys[:8] == two.block_keys == block_keys(pack_tokens(ids[:16]), 16, namespace_key(MODEL, 16))
     assert [p.token_count > 0 for p in encoder.encode({"prompt": ["a", "b"]})] == [True, True]
 
 

@@ -48,7 +48,7 @@ def test_warm() -> None:
 
 
 def test_empty_prompt() -> None:
-    assert encode(PrefixStore(10**6)) == EncodedPrompt([], 0, 0, ())
+    assert encode(PrefixStore(10**6)) == EncodedPrompt(b"", 0, 0, ())
 
 
 def test_same_text_cut_elsewhere_is_another_entry() -> None:
