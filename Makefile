@@ -80,6 +80,10 @@ bench: setup ## every benchmarks/bench_*.py; results go to benchmarks/results
 bench-read-path: setup ## from body bytes to scored replicas, stage by stage
 	@$(BIN)/python benchmarks/bench_read_path.py $(ARGS)
 
+.PHONY: bench-overhead
+bench-overhead: setup ## latency added over a direct call and requests per second, beside vllm-router
+	@$(BIN)/python benchmarks/bench_overhead.py $(ARGS)
+
 .PHONY: lock
 lock: ## resolve pyproject.toml afresh and write constraints.txt
 	@scripts/setup.sh --lock

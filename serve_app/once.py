@@ -22,6 +22,10 @@ class Once(Generic[K, V]):
 
     async def __call__(self, key: K) -> V:
         task = self._tasks.get(key)
-        if task is None or (task.done() and (task.cancelled() or task.exception() is not None)):
+        if task is not None and task.done():
+            if not task.cancelled() and task.exception() is None:
+                return task.result()
+            task = None
+        if task is None:
             task = self._tasks[key] = asyncio.ensure_future(asyncio.to_thread(self._make, key))
         return await asyncio.shield(task)

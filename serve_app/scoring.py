@@ -39,7 +39,10 @@ def score(
     """Score of one pod for a prompt of `prompt_tokens` tokens."""
     match strategy:
         case Strategy.LONGEST_PREFIX:
-            return sum(n * tier_weights.get(tier, UNKNOWN_TIER_WEIGHT) for tier, n in match.tokens.items())
+            total = 0.0
+            for tier, count in match.tokens.items():
+                total += count * tier_weights.get(tier, UNKNOWN_TIER_WEIGHT)
+            return total
         case Strategy.HIGHEST_BLOCK_HIT:
             return float(match.hit_blocks)
         case Strategy.COVERAGE:

@@ -63,7 +63,7 @@ class ChatRenderer:
             raise PromptError("untrusted_template", "the request brings its own chat template")
         kwargs = self._template_kwargs(prompt)
         tools = kwargs.pop("tools", None)
-        template = self._template(tools)
+        template = self.template(tools)
         conversation = to_conversation(prompt.messages, self._format(template))
         if any(m["role"] == "developer" for m in conversation) and not _knows_developer(template):
             conversation = developer_to_system(conversation)
@@ -92,7 +92,12 @@ class ChatRenderer:
         kwargs.pop("tokenize", None)  # see `_add_special_tokens` in request.py
         return kwargs
 
-    def _template(self, tools: Any) -> str:
+    def template(self, tools: Any) -> str:
+        """Jinja source for a request with these tools.
+
+        Raises:
+            PromptError: the model has none.
+        """
         if tools is None and self._processor_error is not None:
             raise PromptError("no_processor", self._processor_error)
         if tools is None and self._processor_template is not None:

@@ -33,7 +33,7 @@ MAX_PROMPT_CHARS = 8 * 2**20  # what HAProxy hands over at most; some 2M tokens
 
 @dataclass(frozen=True, slots=True)
 class Prepared:
-    """A prompt that is rendered and looked up. Token prompts are finished already."""
+    """A prompt that is rendered and looked up. Token prompts, and those known by their name, are finished already."""
 
     segments: list[Segment]  # the whole prompt text; none for token ids, or when the prompt is known by its name
     missing: list[Segment]  # to be tokenized
@@ -81,7 +81,7 @@ class PromptEncoder:
         assert prepared.lookup is not None
         encoded = self._store.complete(prepared.lookup, ids)
         if prepared.name:
-            self._store.name(prepared.name, prepared.lookup)
+            self._store.name(prepared.name, prepared.lookup, encoded)
         return encoded
 
     def encode(self, body: Mapping[str, Any]) -> list[EncodedPrompt]:
@@ -94,8 +94,8 @@ class PromptEncoder:
             keys = block_keys(packed, self.spec.block_size, root)
             return Prepared([], [], None, EncodedPrompt(keys, len(prompt.token_ids), 0, (packed,)))
         name = self._name(prompt, root) if isinstance(prompt, ChatPrompt) else b""
-        if name and (known := self._store.lookup_named(name, root, self.spec.block_size)) is not None:
-            return Prepared([], [], known, None)
+        if name and (known := self._store.find_named(name)) is not None:
+            return Prepared([], [], None, known)
         text = self._renderer.render(prompt) if isinstance(prompt, ChatPrompt) else prompt.text
         if len(text) > MAX_PROMPT_CHARS:
             raise PromptError("too_long", f"the prompt has {len(text)} characters, more than {MAX_PROMPT_CHARS}")
@@ -108,7 +108,7 @@ class PromptEncoder:
         found = []
         for with_tools in (False, True):
             with suppress(PromptError):  # then every request of this kind fails to render
-                found.append(self._renderer._template([{}] if with_tools else None))
+                found.append(self._renderer.template([{}] if with_tools else None))
         return found
 
     def _name(self, prompt: ChatPrompt, root: BlockKey) -> bytes:

@@ -2,7 +2,7 @@
 
 In: the segments of a prompt. Out: which of them still have to be tokenized; given their ids, the prompt's block keys.
 A known segment is neither tokenized nor hashed into block keys again. A prompt that has a name (a digest of the request
-it is made of) is found by it as a whole, without its text: a list of its segments' digests is filed under the name.
+it is made of) is found by it as a whole, without its text: its block keys are filed under the name.
 
 Each segment is filed under XXH3-128 over `digest of the segment before || its text`; the first digest is made of the
 namespace key and the tokenizer, so no entry is shared across models, block sizes, LoRAs, salts or tokenizers.
@@ -17,7 +17,6 @@ from array import array
 from collections import OrderedDict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from struct import Struct
 from threading import Lock
 
 import xxhash
@@ -30,8 +29,7 @@ _TOKEN_BYTES = 4
 _DIGEST_BYTES = 16
 # Of one entry beside its payload: dict slot and list node of OrderedDict (measured with tracemalloc, CPython 3.11).
 _SLOT_BYTES = 110
-_DIGEST = Struct(f"{_DIGEST_BYTES}s")
-_NAMED_SHARE = 16  # names and their lists take at most 1/16 of the store
+_NAMED_SHARE = 8  # named prompts take at most 1/8 of the store
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,6 +41,17 @@ class _Entry:
 
     def size_bytes(self) -> int:
         payload = (self, self.ids, self.keys, self.tail, self.parent)
+        return sum(map(sys.getsizeof, payload)) + sys.getsizeof(b"") + _DIGEST_BYTES + _SLOT_BYTES
+
+
+@dataclass(frozen=True, slots=True)
+class _Named:
+    digests: tuple[bytes, ...]  # of its segments
+    keys: BlockKeys
+    token_count: int
+
+    def size_bytes(self) -> int:
+        payload = (self, self.digests, *self.digests, self.keys, self.token_count)
         return sum(map(sys.getsizeof, payload)) + sys.getsizeof(b"") + _DIGEST_BYTES + _SLOT_BYTES
 
 
@@ -92,7 +101,7 @@ class PrefixStore:
         self._max_bytes = max_bytes
         self._lock = Lock()
         self._entries: OrderedDict[bytes, _Entry] = OrderedDict()  # oldest use first
-        self._named: OrderedDict[bytes, bytes] = OrderedDict()  # name of a prompt -> its segments' digests
+        self._named: OrderedDict[bytes, _Named] = OrderedDict()  # by name of the prompt
         self._named_bytes = 0
         self._bytes = self._hits = self._misses = self._evictions = 0
 
@@ -118,31 +127,33 @@ class PrefixStore:
             self._misses += len(digests) - len(known)
         return Lookup(list(segments[len(known) :]), block_size, root, digests, tuple(known))
 
-    def lookup_named(self, name: bytes, root: BlockKey, block_size: int) -> Lookup | None:
-        """First step without the text: None unless the prompt was named, and is still known to its end."""
+    def find_named(self, name: bytes) -> EncodedPrompt | None:
+        """The whole prompt of that name, unless some of it was evicted."""
         with self._lock:
-            packed = self._named.get(name)
-            if packed is None:
-                return None
-            digests = tuple(digest for (digest,) in _DIGEST.iter_unpack(packed))
-            known = tuple(entry for digest in digests if (entry := self._entries.get(digest)) is not None)
-            if len(known) < len(digests):
+            named = self._named.get(name)
+            if named is None:
                 return None
             self._named.move_to_end(name)
-            self._touch(digests)
-            self._hits += len(known)
-        return Lookup([], block_size, root, digests, known)
+            entries = self._entries
+            chunks: list[bytes] = []
+            for digest in reversed(named.digests):  # the order of `_touch`
+                entry = entries.get(digest)
+                if entry is None:
+                    return None
+                entries.move_to_end(digest)
+                chunks.append(entry.ids)
+            self._hits += len(chunks)
+        return EncodedPrompt(named.keys, named.token_count, named.token_count, tuple(reversed(chunks)))
 
-    def name(self, name: bytes, lookup: Lookup) -> None:
-        """Let a prompt be found by its name. `name` must tell apart all that `lookup` was made of, root included."""
-        packed = b"".join(lookup.digests)
+    def name(self, name: bytes, lookup: Lookup, encoded: EncodedPrompt) -> None:
+        """Let a prompt be found by its name, which must tell apart all that `lookup` was made of, root included."""
+        named = _Named(lookup.digests, encoded.block_keys, encoded.token_count)
         with self._lock:
-            if name not in self._named:
-                self._named_bytes += _named_size(name, packed)
-            self._named[name] = packed  # of the same size as the one it replaces: the same name is the same prompt
-            self._named.move_to_end(name)
+            replaced = self._named.pop(name, None)
+            self._named[name] = named
+            self._named_bytes += named.size_bytes() - (replaced.size_bytes() if replaced else 0)
             while self._named_bytes > self._max_bytes // _NAMED_SHARE:
-                self._named_bytes -= _named_size(*self._named.popitem(last=False))
+                self._named_bytes -= self._named.popitem(last=False)[1].size_bytes()
             self._evict()
 
     def complete(self, lookup: Lookup, ids: Sequence[bytes]) -> EncodedPrompt:
@@ -198,10 +209,6 @@ class PrefixStore:
         for digest in reversed(digests):
             if digest in self._entries:
                 self._entries.move_to_end(digest)
-
-
-def _named_size(name: bytes, packed: bytes) -> int:
-    return sys.getsizeof(name) + sys.getsizeof(packed) + _SLOT_BYTES
 
 
 def _digests(root: BlockKey, segments: Sequence[Segment], tokenizer: str) -> Iterator[bytes]:

@@ -96,8 +96,9 @@ def _chat(body: Mapping[str, Any]) -> Prompt:
     messages = body.get("messages")
     if not isinstance(messages, list) or not messages:
         raise PromptError("bad_messages", "messages must be a list with at least one message")
-    if not all(isinstance(m, Mapping) and isinstance(m.get("role"), str) for m in messages):
-        raise PromptError("bad_messages", "every message must be an object with a role")
+    for message in messages:
+        if not (isinstance(message, dict) and isinstance(message.get("role"), str)):
+            raise PromptError("bad_messages", "every message must be an object with a role")
     template = body.get("chat_template")
     if template is not None and not isinstance(template, str):
         raise PromptError("bad_field", "chat_template must be a string")
