@@ -60,7 +60,7 @@ class Scored:
     """The answer, with what it rests on. For a request of several prompts, all numbers are sums over them."""
 
     scores: dict[PodId, float]
-    matched_tokens: dict[PodId, dict[Tier, int]]
+    matched_tokens: dict[PodId, Mapping[Tier, int]]
     prompt_tokens: int
     known_tokens: int
     block_size: int
@@ -98,13 +98,11 @@ class Indexer:
         matches = [await self._index.match(prompt.keys, pods, count_hits=strategy.counts_hits) for prompt in prompts]
         matched_s = time.perf_counter()
         scores: dict[PodId, float] = {}
-        tokens: dict[PodId, dict[Tier, int]] = {}
+        tokens: dict[PodId, Mapping[Tier, int]] = {}
         for prompt, match in zip(prompts, matches, strict=True):
             for pod, found in match.items():
                 scores[pod] = scores.get(pod, 0.0) + score(found, prompt.token_count, strategy)
-                of_pod = tokens.setdefault(pod, {})
-                for tier, count in found.tokens.items():
-                    of_pod[tier] = of_pod.get(tier, 0) + count
+                tokens[pod] = _sum(tokens[pod], found.tokens) if pod in tokens else found.tokens
         return Scored(
             scores,
             tokens,
@@ -117,6 +115,10 @@ class Indexer:
                 "score": time.perf_counter() - matched_s,
             },
         )
+
+
+def _sum(one: Mapping[Tier, int], other: Mapping[Tier, int]) -> dict[Tier, int]:
+    return {tier: one.get(tier, 0) + other.get(tier, 0) for tier in {**one, **other}}
 
 
 class LocalPrompts:

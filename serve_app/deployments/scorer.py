@@ -7,6 +7,7 @@ GET  /kvcache/health
 
 from typing import Any
 
+import msgspec
 from fastapi import FastAPI, Request
 from fastapi.responses import JSONResponse
 from pydantic import BaseModel, Field, ValidationError
@@ -69,11 +70,9 @@ class Scorer:
     async def score(self, request: Request) -> ScoreAnswer | JSONResponse:
         """Score the pods for the prompt in an OpenAI request body."""
         try:
-            body = await request.json()
-            if not isinstance(body, dict):
-                raise ValueError("the body must be a JSON object")
+            body = msgspec.json.decode(await request.body(), type=dict[str, Any])
             extra = _Extra.model_validate({k: body.pop(k) for k in _Extra.model_fields if k in body})
-        except (ValueError, ValidationError) as error:
+        except (msgspec.DecodeError, ValidationError) as error:
             return _error(400, "invalid_request", str(error))
         pods = None if extra.pods is None else [PodId(pod) for pod in extra.pods]
         try:
