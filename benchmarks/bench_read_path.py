@@ -42,11 +42,12 @@ sys.path.insert(0, str(ROOT))  # the script runs from anywhere
 
 from serve_app.blocks import KEY_BYTES, block_keys, namespace_key, pack_tokens  # noqa: E402
 from serve_app.index.memory import MemoryIndex  # noqa: E402
-from serve_app.indexer import Indexer, LocalPrompts, Scored  # noqa: E402
+from serve_app.indexer import Indexer, Scored  # noqa: E402
 from serve_app.model import resolve_model  # noqa: E402
 from serve_app.prompts.encoder import PromptEncoder  # noqa: E402
 from serve_app.prompts.prefix_store import PrefixStore  # noqa: E402
 from serve_app.prompts.request import ChatPrompt, parse_request  # noqa: E402
+from serve_app.prompts.service import PromptService  # noqa: E402
 from serve_app.prompts.tokenizer import Segment  # noqa: E402
 from serve_app.scoring import score  # noqa: E402
 from serve_app.types import (  # noqa: E402
@@ -338,7 +339,7 @@ class MemoryStage:
 class ReadPath:
     """The read path of one model, with a store that can be emptied."""
 
-    def __init__(self, spec: EngineSpec, index: MemoryIndex, encoder: PromptEncoder, local: LocalPrompts) -> None:
+    def __init__(self, spec: EngineSpec, index: MemoryIndex, encoder: PromptEncoder, local: PromptService) -> None:
         self.spec = spec
         self.index = index
         self.encoder = encoder
@@ -346,7 +347,7 @@ class ReadPath:
 
     @classmethod
     async def load(cls, spec: EngineSpec, index: MemoryIndex) -> ReadPath:
-        local = LocalPrompts(PrefixStore(STORE_BYTES))
+        local = PromptService(PrefixStore(STORE_BYTES))
         return cls(spec, index, await local.encoder(spec), local)
 
     def prepare(self, chat: Chat, warmth: str) -> None:

@@ -51,6 +51,13 @@ class RouterSettings(IndexSettings):
     prefix_lookup: Annotated[
         Literal["local", "deployment"], Field(description="Prompt -> block keys in the router, or in PrefixStore.")
     ] = "local"
+    tokenization: Annotated[
+        Literal["local", "deployment"],
+        Field(description="Where `prefix_lookup: local` has long cold text tokenized: threads, or Tokenizer."),
+    ] = "local"
+    tokenize_deadline_s: Annotated[
+        float, Field(gt=0, description="After this the known prefix decides; the tokens arrive for the next request.")
+    ] = 0.05
     index_query: Annotated[
         Literal["local", "deployment"], Field(description="Keys -> matches from the router's mirror, or BlockIndex.")
     ] = "local"

@@ -2,13 +2,12 @@
 
     request body -> prompts.encode -> block keys -> index.match -> matched tokens per pod and tier -> score
 
-A stage is anything that keeps the protocol below: in this process (`LocalPrompts`, `LocalIndex`), or a call to a
+A stage is anything that keeps the protocol below: in this process (`PromptService`, `LocalIndex`), or a call to a
 deployment (`serve_app.deployments.stages`). The order of the stages and what flows between them is only here.
 """
 
 from __future__ import annotations
 
-import asyncio
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -16,23 +15,11 @@ from typing import Any, Protocol
 
 from serve_app.errors import IndexUnavailable
 from serve_app.index.mirror import Mirror
-from serve_app.once import Once
-from serve_app.prompts.encoder import PromptEncoder
-from serve_app.prompts.prefix_store import PrefixStore
 from serve_app.scoring import Strategy, score
-from serve_app.types import BlockKeys, EngineSpec, PodId, PodMatch, Tier
+from serve_app.types import BlockKeys, EncodedKeys, EngineSpec, PodId, PodMatch, Tier
 
 Body = Mapping[str, Any]
 """A parsed /v1/chat/completions or /v1/completions request."""
-
-
-@dataclass(frozen=True, slots=True)
-class EncodedKeys:
-    """One prompt of a request, as the index needs it."""
-
-    keys: BlockKeys
-    token_count: int
-    known_token_count: int  # tokens that came from the prefix store, not from the tokenizer
 
 
 class PromptStage(Protocol):
@@ -64,6 +51,7 @@ class Scored:
     prompt_tokens: int
     known_tokens: int
     block_size: int
+    complete: bool = True  # False: some prompt's tokens were late, and only its known prefix is scored
     stage_s: dict[str, float] = field(default_factory=dict)  # seconds by stage: prompt, index, score
 
 
@@ -109,6 +97,7 @@ class Indexer:
             sum(prompt.token_count for prompt in prompts),
             sum(prompt.known_token_count for prompt in prompts),
             spec.block_size,
+            all(prompt.complete for prompt in prompts),
             {
                 "prompt": encoded_s - start_s,
                 "index": matched_s - encoded_s,
@@ -119,33 +108,6 @@ class Indexer:
 
 def _sum(one: Mapping[Tier, int], other: Mapping[Tier, int]) -> dict[Tier, int]:
     return {tier: one.get(tier, 0) + other.get(tier, 0) for tier in {**one, **other}}
-
-
-class LocalPrompts:
-    """PromptStage in this process.
-
-    Loading a tokenizer takes seconds and is done once per engine spec, in a thread. Long texts are tokenized in a
-    thread too (the tokenizer releases the GIL), so that the event loop stays free.
-    """
-
-    THREAD_FROM_CHARS = 8_000  # about 1 ms of tokenizing
-
-    def __init__(self, store: PrefixStore) -> None:
-        self.store = store
-        self.encoder: Once[EngineSpec, PromptEncoder] = Once(lambda spec: PromptEncoder(spec, store))
-
-    async def encode(self, body: Body, spec: EngineSpec) -> list[EncodedKeys]:
-        encoder = await self.encoder(spec)
-        answer: list[EncodedKeys] = []
-        for prepared in encoder.prepare(body):
-            missing = prepared.missing
-            if sum(len(segment.text) for segment in missing) >= self.THREAD_FROM_CHARS:
-                ids = await asyncio.to_thread(encoder.tokenize, missing)
-            else:
-                ids = encoder.tokenize(missing)
-            encoded = encoder.finish(prepared, ids)
-            answer.append(EncodedKeys(encoded.block_keys, encoded.token_count, encoded.cached_token_count))
-        return answer
 
 
 class LocalIndex:

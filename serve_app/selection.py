@@ -46,14 +46,15 @@ class Selector:
         pods: Sequence[PodId],
         in_flight: Mapping[PodId, int],
         scores: Mapping[PodId, float] | None = None,
-        why_unknown: str = "",
+        why: str = "",
     ) -> Choice:
         """Rank `pods`.
 
         Args:
             pods: candidates, in a stable order.
             in_flight: requests at each pod; a missing pod has none.
-            scores: score by pod; None if they could not be had, for the reason `why_unknown`.
+            scores: score by pod; None if they could not be had.
+            why: why they could not, or why they are of a part of the prompt only; the decision's reason.
         """
         self._turn += 1
         count = max(len(pods), 1)
@@ -67,11 +68,11 @@ class Selector:
         if self.policy is Policy.LEAST_LOADED:
             return Choice(sorted(pods, key=by_load), Outcome.BASELINE, self.policy.value)
         if scores is None:
-            return Choice(sorted(pods, key=by_load), Outcome.FALLBACK, why_unknown)
+            return Choice(sorted(pods, key=by_load), Outcome.FALLBACK, why)
         ranked = sorted(pods, key=lambda pod: (-scores.get(pod, 0.0), *by_load(pod)))
         if ranked and scores.get(ranked[0], 0.0) > 0:
-            return Choice(ranked, Outcome.HIT, "prefix")
-        return Choice(ranked, Outcome.MISS, "no_prefix")
+            return Choice(ranked, Outcome.HIT, why or "prefix")
+        return Choice(ranked, Outcome.MISS, why or "no_prefix")
 
 
 class LoadLedger:

@@ -50,6 +50,16 @@ class EngineSpec:
 
 
 @dataclass(frozen=True, slots=True)
+class EncodedKeys:
+    """One prompt of a request, as the index needs it."""
+
+    keys: BlockKeys  # of its full blocks; of the known ones, if it is not complete
+    token_count: int  # a guess, if it is not complete
+    known_token_count: int  # tokens that came from the prefix store, not from the tokenizer
+    complete: bool = True  # False: cold text at its end has not been tokenized in time
+
+
+@dataclass(frozen=True, slots=True)
 class Domain:
     """A holder of blocks, as it is registered in Redis."""
 

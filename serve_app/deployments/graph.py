@@ -14,13 +14,12 @@ from serve_app.config import GraphArgs
 from serve_app.deployments.metrics import IndexMetrics
 from serve_app.errors import PromptError, StoreError
 from serve_app.index.mirror import Mirror
-from serve_app.indexer import EncodedKeys
 from serve_app.once import Once
-from serve_app.prompts.encoder import PromptEncoder
 from serve_app.prompts.prefix_store import PrefixStore as Store
+from serve_app.prompts.service import PromptService
 from serve_app.prompts.tokenizer import Segment
 from serve_app.prompts.tokenizer import Tokenizer as TokenizerModel
-from serve_app.types import BlockKeys, EngineSpec, ModelId, PodId, PodMatch, Tier
+from serve_app.types import BlockKeys, EncodedKeys, EngineSpec, ModelId, PodId, PodMatch, Tier
 
 STALE_AFTER_S = 30.0  # a BlockIndex that has not heard from Redis for so long says that it is unhealthy
 
@@ -41,27 +40,14 @@ class PrefixStore:
     """Request body -> block keys; only text that was not seen before goes to the Tokenizer."""
 
     def __init__(self, args: GraphArgs, tokenizer: DeploymentHandle[Any]) -> None:
-        self._tokenizer = tokenizer
-        store = Store(args.prefix_store_bytes)
-        self._encoders: Once[EngineSpec, PromptEncoder] = Once(lambda spec: PromptEncoder(spec, store))
+        self._prompts = PromptService(Store(args.prefix_store_bytes), tokenizer.encode_segments.remote, inline_chars=0)
 
     async def encode(self, body: dict[str, Any], spec: EngineSpec) -> list[EncodedKeys] | PromptError:
         """Keys of every prompt. A PromptError is returned: Serve would log what is raised as a failure of ours."""
         try:
-            return await self._encode(body, spec)
+            return await self._prompts.encode(body, spec)
         except PromptError as error:
             return error
-
-    async def _encode(self, body: dict[str, Any], spec: EngineSpec) -> list[EncodedKeys]:
-        encoder = await self._encoders(spec)
-        answer: list[EncodedKeys] = []
-        for prepared in encoder.prepare(body):
-            ids: list[bytes] = []
-            if prepared.missing:
-                ids = await self._tokenizer.encode_segments.remote(spec.tokenizer, prepared.missing)
-            encoded = encoder.finish(prepared, ids)
-            answer.append(EncodedKeys(encoded.block_keys, encoded.token_count, encoded.cached_token_count))
-        return answer
 
 
 class BlockIndex:

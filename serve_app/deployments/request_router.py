@@ -22,11 +22,12 @@ from serve_app.config import RouterSettings
 from serve_app.deployments import routed
 from serve_app.deployments.embedded_redis import resolve_redis_url
 from serve_app.deployments.metrics import IndexMetrics, RouterMetrics
-from serve_app.deployments.stages import RemoteIndex, RemotePrompts, graph_handle
+from serve_app.deployments.stages import RemoteIndex, RemotePrompts, graph_handle, remote_tokenize
 from serve_app.errors import IndexUnavailable, PromptError
 from serve_app.index.mirror import Mirror
-from serve_app.indexer import Indexer, IndexStage, LocalIndex, LocalPrompts, PromptStage, Scored
+from serve_app.indexer import Indexer, IndexStage, LocalIndex, PromptStage, Scored
 from serve_app.prompts.prefix_store import PrefixStore
+from serve_app.prompts.service import PromptService, Tokenize
 from serve_app.selection import Choice, LoadLedger, Policy, Selector
 from serve_app.types import ModelId, PodId, Tier
 
@@ -65,14 +66,19 @@ class KVCacheAwareRouter(MultiplexMixin, RequestRouter):
         )
         self._mirror.start()
         self._index_metrics = IndexMetrics(self._mirror, settings.model)
-        prompts: PromptStage = LocalPrompts(PrefixStore(settings.prefix_store_bytes))
+        tokenize: Tokenize | None = None
+        if settings.tokenization == "deployment":
+            tokenize = remote_tokenize(graph_handle("Tokenizer", settings.graph_app))
+        prompts: PromptStage = PromptService(
+            PrefixStore(settings.prefix_store_bytes), tokenize, settings.tokenize_deadline_s
+        )
         index: IndexStage = LocalIndex(self._mirror)
         if settings.prefix_lookup == "deployment":
             prompts = RemotePrompts(graph_handle("PrefixStore", settings.graph_app))
         if settings.index_query == "deployment":
             index = RemoteIndex(graph_handle("BlockIndex", settings.graph_app))
         self._indexer = Indexer(prompts, index, settings.strategy)
-        if isinstance(prompts, LocalPrompts) and settings.policy is Policy.KV_AWARE:
+        if isinstance(prompts, PromptService) and settings.policy is Policy.KV_AWARE:
             self._keep(self._event_loop.create_task(self._load_tokenizer(self._mirror, prompts)))
 
     async def choose_replicas(
@@ -108,14 +114,15 @@ class KVCacheAwareRouter(MultiplexMixin, RequestRouter):
     # -- inside ---------------------------------------------------------------------------------------------------
 
     async def _score(self, pods: list[PodId], request: PendingRequest | None) -> tuple[Scored | None, str]:
-        """Scores, or None and the reason why there are none."""
+        """Scores, or None and the reason why there are none; also why they are of a part of the prompt only."""
         if self._indexer is None or self._settings.policy is not Policy.KV_AWARE:
             return None, ""
         body = _body_of(request)
         if body is None:
             return None, "no_body"
         try:
-            return await asyncio.wait_for(self._indexer.score(body, pods), self._settings.decision_deadline_s), ""
+            scored = await asyncio.wait_for(self._indexer.score(body, pods), self._settings.decision_deadline_s)
+            return scored, "" if scored.complete else "tokens_late"
         except PromptError as error:
             return None, error.reason
         except IndexUnavailable:
@@ -137,7 +144,7 @@ class KVCacheAwareRouter(MultiplexMixin, RequestRouter):
             matched = scored.matched_tokens.get(choice.ranked[0], {})
             self._metrics.scored(scored.prompt_tokens, matched, scored.stage_s)
 
-    async def _load_tokenizer(self, mirror: Mirror, prompts: LocalPrompts) -> None:
+    async def _load_tokenizer(self, mirror: Mirror, prompts: PromptService) -> None:
         """Load the tokenizer as soon as an engine has said which, before the first request needs it."""
         while (spec := mirror.spec()) is None:  # noqa: ASYNC110  # it is a thread that sets it
             await asyncio.sleep(0.1)

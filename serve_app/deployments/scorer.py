@@ -34,6 +34,7 @@ class ScoreAnswer(BaseModel):
     strategy: Strategy
     prompt_tokens: int
     block_size: int
+    complete: bool = Field(description="False: some text could not be tokenized, and only what is known is scored.")
     scores: dict[str, float]
     pods: dict[str, PodScore]
 
@@ -86,6 +87,7 @@ class Scorer:
             strategy=extra.strategy or self._indexer.strategy,
             prompt_tokens=scored.prompt_tokens,
             block_size=scored.block_size,
+            complete=scored.complete,
             scores={str(pod): value for pod, value in scored.scores.items()},
             pods={
                 str(pod): PodScore(

@@ -8,8 +8,10 @@ from ray import serve
 from ray.serve.handle import DeploymentHandle
 
 from serve_app.errors import PromptError
-from serve_app.indexer import Body, EncodedKeys
-from serve_app.types import BlockKeys, EngineSpec, PodId, PodMatch
+from serve_app.indexer import Body
+from serve_app.prompts.service import Tokenize
+from serve_app.prompts.tokenizer import Segment
+from serve_app.types import BlockKeys, EncodedKeys, EngineSpec, PodId, PodMatch
 
 GetHandle = Callable[[], DeploymentHandle[Any]]
 
@@ -32,6 +34,16 @@ def graph_handle(deployment: str, app: str) -> GetHandle:
         return made[0]
 
     return get
+
+
+def remote_tokenize(tokenizer: GetHandle) -> Tokenize:
+    """The Tokenizer deployment, for a PromptService."""
+
+    async def tokenize(source: str, segments: Sequence[Segment]) -> list[bytes]:
+        ids: list[bytes] = await tokenizer().encode_segments.remote(source, segments)
+        return ids
+
+    return tokenize
 
 
 class RemotePrompts:

@@ -41,6 +41,11 @@ class Prepared:
     encoded: EncodedPrompt | None
     name: bytes = b""  # what the store shall know it by
 
+    @property
+    def missing_digests(self) -> tuple[bytes, ...]:
+        """What the missing segments are filed under; each stands for all the text up to its end."""
+        return self.lookup.digests[len(self.lookup.known) :] if self.lookup is not None else ()
+
 
 class PromptEncoder:
     """All that is needed to score the prompts of one model. Safe to call from several threads."""
@@ -83,6 +88,11 @@ class PromptEncoder:
         if prepared.name:
             self._store.name(prepared.name, prepared.lookup, encoded)
         return encoded
+
+    def known(self, prepared: Prepared) -> EncodedPrompt:
+        """What is known of a prompt without the missing."""
+        assert prepared.lookup is not None
+        return self._store.known(prepared.lookup)
 
     def encode(self, body: Mapping[str, Any]) -> list[EncodedPrompt]:
         """All steps in this process."""

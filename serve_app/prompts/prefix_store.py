@@ -175,14 +175,12 @@ class PrefixStore:
             made.append(_Entry(segment_ids, keys, tail, parent))
         if made:
             self._store(lookup.digests, len(lookup.known), made)
-        entries = (*lookup.known, *made)
-        chunks = tuple(e.ids for e in entries)
-        return EncodedPrompt(
-            block_keys=b"".join(e.keys for e in entries),
-            token_count=sum(map(len, chunks)) // _TOKEN_BYTES,
-            cached_token_count=sum(len(e.ids) for e in lookup.known) // _TOKEN_BYTES,
-            chunks=chunks,
-        )
+        return _joined((*lookup.known, *made), len(lookup.known))
+
+    @staticmethod
+    def known(lookup: Lookup) -> EncodedPrompt:
+        """The known segments alone."""
+        return _joined(lookup.known, len(lookup.known))
 
     def stats(self) -> StoreStats:
         with self._lock:
@@ -209,6 +207,16 @@ class PrefixStore:
         for digest in reversed(digests):
             if digest in self._entries:
                 self._entries.move_to_end(digest)
+
+
+def _joined(entries: Sequence[_Entry], known: int) -> EncodedPrompt:
+    chunks = tuple(entry.ids for entry in entries)
+    return EncodedPrompt(
+        block_keys=b"".join(entry.keys for entry in entries),
+        token_count=sum(map(len, chunks)) // _TOKEN_BYTES,
+        cached_token_count=sum(map(len, chunks[:known])) // _TOKEN_BYTES,
+        chunks=chunks,
+    )
 
 
 def _digests(root: BlockKey, segments: Sequence[Segment], tokenizer: str) -> Iterator[bytes]:

@@ -31,7 +31,10 @@ HEADER = "x-kvcache-replica"
 
 @pytest.fixture(scope="module")
 def stack(start_stack: Start) -> local_stack.Running:
-    return start_stack(config("quickstart.yaml"), direct=True)
+    """The file as it is, but for one stage, which is in threads in the other configs' tests."""
+    loaded = config("quickstart.yaml")
+    loaded["applications"][1]["args"]["routing"]["tokenization"] = "deployment"
+    return start_stack(loaded, direct=True)
 
 
 @pytest.fixture(scope="module")
@@ -95,6 +98,17 @@ def test_conversations_stay_with_the_replica_that_holds_them(openai_client: open
         assert len(set(homes)) == 1
         replicas.add(homes[0])
     assert len(replicas) == 2  # and cold ones are spread
+
+
+def test_long_cold_text_comes_back_from_the_tokenizer_deployment(openai_client: openai.OpenAI) -> None:
+    messages = [{"role": "user", "content": story("Ida", 1000)}]
+    homes = set()
+    for _ in range(3):
+        replica, answer = ask(openai_client, messages)
+        homes.add(replica)
+        time.sleep(0.5)
+    assert len(homes) == 1
+    assert answer.usage.prompt_tokens_details.cached_tokens > 1000
 
 
 def test_score_finds_the_blocks_of_the_same_request(http: httpx.Client, openai_client: openai.OpenAI) -> None:

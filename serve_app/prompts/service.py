@@ -1,0 +1,118 @@
+"""The prompt stage: request body -> block keys, with cold text tokenized off the event loop.
+
+Short cold text is tokenized on the spot. Longer text (a millisecond and more) goes to threads, or to whatever
+`tokenize` is. The request waits for it up to a deadline; then what is known of the prompt has to do for its decision,
+and the tokens arrive for the next one. Requests that come meanwhile with the same text, or with text that starts with
+it, wait for the same tokens: each segment is tokenized once.
+
+    request 1   [system prompt][document][question 1]     tokenizes all three segments
+    request 2   [system prompt][document][question 2]     waits for two of them, tokenizes the third
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+from collections.abc import Awaitable, Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+from serve_app.once import Once
+from serve_app.prompts.encoder import Prepared, PromptEncoder
+from serve_app.prompts.prefix_store import EncodedPrompt, PrefixStore
+from serve_app.prompts.tokenizer import Segment
+from serve_app.types import EncodedKeys, EngineSpec
+
+logger = logging.getLogger(__name__)
+
+INLINE_CHARS = 4_000  # under a millisecond
+_CHARS_PER_TOKEN = 4  # a guess, for prompts whose tokens are late
+
+Tokenize = Callable[[str, Sequence[Segment]], Awaitable[list[bytes]]]
+"""(tokenizer, segments) -> packed token ids of each segment, made elsewhere."""
+
+
+class PromptService:
+    """Used on one event loop. Loading a tokenizer takes seconds and is done once per engine spec, in a thread.
+
+    Args:
+        store: what is known of prompts.
+        tokenize: where cold text goes; None means threads of this process (the tokenizer releases the GIL).
+        deadline_s: how long a request waits for its cold text; None means until it is there.
+        inline_chars: shorter cold text is tokenized on the spot.
+    """
+
+    def __init__(
+        self,
+        store: PrefixStore,
+        tokenize: Tokenize | None = None,
+        deadline_s: float | None = None,
+        inline_chars: int = INLINE_CHARS,
+    ) -> None:
+        self.store = store
+        self.encoder: Once[EngineSpec, PromptEncoder] = Once(lambda spec: PromptEncoder(spec, store))
+        self._tokenize = tokenize
+        self._deadline_s = deadline_s
+        self._inline_chars = inline_chars
+        # Half of the cores at most, so that a burst of cold prompts leaves the event loop one of its own.
+        self._threads = ThreadPoolExecutor(max(1, (os.cpu_count() or 1) // 2), "kvcache-tokenize")
+        self._coming: dict[bytes, tuple[asyncio.Future[list[bytes]], int]] = {}  # segment's digest -> ids to be, place
+        self._tasks: set[asyncio.Task[EncodedPrompt]] = set()
+
+    async def encode(self, body: Mapping[str, Any], spec: EngineSpec) -> list[EncodedKeys]:
+        """Block keys of every prompt in the request; of one whose tokens are late, those that are known.
+
+        Raises:
+            PromptError: there is nothing that can be scored.
+        """
+        encoder = await self.encoder(spec)
+        started = [self._start(encoder, prepared) for prepared in encoder.prepare(body)]
+        tasks = [task for _, task in started if isinstance(task, asyncio.Task)]
+        if tasks:
+            await asyncio.wait(tasks, timeout=self._deadline_s)
+        return [_result(encoder, prepared, done) for prepared, done in started]
+
+    def _start(
+        self, encoder: PromptEncoder, prepared: Prepared
+    ) -> tuple[Prepared, EncodedPrompt | asyncio.Task[EncodedPrompt]]:
+        chars = sum(len(segment.text) for segment in prepared.missing)
+        if not chars or chars < self._inline_chars:
+            return prepared, encoder.finish(prepared, encoder.tokenize(prepared.missing))
+        task = asyncio.ensure_future(self._complete(encoder, prepared))
+        self._tasks.add(task)
+        task.add_done_callback(self._done)
+        return prepared, task
+
+    async def _complete(self, encoder: PromptEncoder, prepared: Prepared) -> EncodedPrompt:
+        """Have the missing segments tokenized, but for those that another request is waiting for already."""
+        cold = dict(zip(prepared.missing_digests, prepared.missing, strict=True))
+        new = [digest for digest in cold if digest not in self._coming]
+        if new:
+            ids = self._elsewhere(encoder, [cold[digest] for digest in new])
+            self._coming.update({digest: (ids, place) for place, digest in enumerate(new)})
+            ids.add_done_callback(lambda _: [self._coming.pop(digest) for digest in new])
+        coming = [self._coming[digest] for digest in cold]
+        return encoder.finish(prepared, [(await ids)[place] for ids, place in coming])
+
+    def _elsewhere(self, encoder: PromptEncoder, segments: Sequence[Segment]) -> asyncio.Future[list[bytes]]:
+        if self._tokenize is not None:
+            return asyncio.ensure_future(self._tokenize(encoder.spec.tokenizer, segments))
+        return asyncio.get_running_loop().run_in_executor(self._threads, encoder.tokenize, segments)
+
+    def _done(self, task: asyncio.Task[EncodedPrompt]) -> None:
+        self._tasks.discard(task)
+        if not task.cancelled() and (error := task.exception()) is not None:
+            logger.warning("kvcache: cold text could not be tokenized, known prefixes decide: %r", error)
+
+
+def _result(
+    encoder: PromptEncoder, prepared: Prepared, done: EncodedPrompt | asyncio.Task[EncodedPrompt]
+) -> EncodedKeys:
+    if isinstance(done, asyncio.Task):
+        if not done.done() or done.cancelled() or done.exception() is not None:
+            known = encoder.known(prepared)
+            guess = sum(len(segment.text) for segment in prepared.missing) // _CHARS_PER_TOKEN
+            return EncodedKeys(known.block_keys, known.token_count + guess, known.token_count, complete=False)
+        done = done.result()
+    return EncodedKeys(done.block_keys, done.token_count, done.cached_token_count)

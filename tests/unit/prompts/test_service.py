@@ -1,0 +1,104 @@
+"""Cold text: tokenized once whoever asks, late tokens do not hold up a decision and are there for the next."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Sequence
+from typing import Any
+
+import pytest
+
+from serve_app.prompts.encoder import PromptEncoder
+from serve_app.prompts.prefix_store import PrefixStore
+from serve_app.prompts.service import PromptService
+from serve_app.prompts.tokenizer import Segment, Tokenizer
+from serve_app.types import EncodedKeys, EngineSpec, ModelId
+
+MODEL = ModelId("m")
+KNOWN, DOCUMENT = "You are a helpful assistant. " * 20, "The river rose in the night. " * 200
+
+
+class Elsewhere:
+    """The real tokenizer behind a gate, as a deployment that is slow; it notes what it was asked."""
+
+    def __init__(self, source: str) -> None:
+        self._tokenizer = Tokenizer(source)
+        self.asked: list[str] = []
+        self.open = asyncio.Event()
+        self.fails = False
+
+    async def __call__(self, source: str, segments: Sequence[Segment]) -> list[bytes]:
+        self.asked += [segment.text for segment in segments]
+        await self.open.wait()
+        if self.fails:
+            raise ConnectionError("the deployment is gone")
+        return self._tokenizer.encode_segments(segments)
+
+
+def chat(*texts: str) -> dict[str, Any]:
+    return {"model": MODEL, "messages": [{"role": "user", "content": text} for text in texts]}
+
+
+@pytest.fixture
+def spec(chatml_path: str) -> EngineSpec:
+    return EngineSpec(MODEL, 16, chatml_path)
+
+
+@pytest.fixture
+def elsewhere(chatml_path: str) -> Elsewhere:
+    return Elsewhere(chatml_path)
+
+
+def expected(spec: EngineSpec, body: dict[str, Any]) -> EncodedKeys:
+    (prompt,) = PromptEncoder(spec, PrefixStore(0)).encode(body)
+    return EncodedKeys(prompt.block_keys, prompt.token_count, 0)
+
+
+async def test_threads_give_the_same_keys(spec: EngineSpec) -> None:
+    service = PromptService(PrefixStore(10**7))
+    assert await service.encode(chat(DOCUMENT), spec) == [expected(spec, chat(DOCUMENT))]
+
+
+async def test_late_tokens_are_there_for_the_next_request(spec: EngineSpec, elsewhere: Elsewhere) -> None:
+    service = PromptService(PrefixStore(10**7), elsewhere, deadline_s=0.05)
+    (first,) = await service.encode(chat(KNOWN), spec)  # short: on the spot
+    assert first.complete
+    assert elsewhere.asked == []
+
+    (late,) = await service.encode(chat(KNOWN, DOCUMENT), spec)
+    whole = expected(spec, chat(KNOWN, DOCUMENT))
+    assert not late.complete
+    assert 0 < len(late.keys) < len(whole.keys)
+    assert whole.keys.startswith(late.keys)
+    assert late.known_token_count < late.token_count
+
+    elsewhere.open.set()
+    await asyncio.sleep(0.05)
+    (now,) = await service.encode(chat(KNOWN, DOCUMENT), spec)
+    assert (now.keys, now.token_count, now.complete) == (whole.keys, whole.token_count, True)
+    assert now.known_token_count == now.token_count
+
+
+async def test_the_same_cold_text_is_tokenized_once(spec: EngineSpec, elsewhere: Elsewhere) -> None:
+    service = PromptService(PrefixStore(10**7), elsewhere)
+    bodies = [chat(DOCUMENT, question) for question in ("Why?", "When?", "Why?", "Where?" * 100)]
+    requests = [asyncio.create_task(service.encode(body, spec)) for body in bodies]
+    while len(elsewhere.asked) < 2:
+        await asyncio.sleep(0.01)
+    await asyncio.sleep(0.05)
+    elsewhere.open.set()
+    for body, request in zip(bodies, requests, strict=True):
+        (got,) = await request
+        assert (got.keys, got.token_count) == (expected(spec, body).keys, expected(spec, body).token_count)
+    assert len(elsewhere.asked) == len(set(elsewhere.asked))
+    assert sum(map(len, elsewhere.asked)) < 2 * len(DOCUMENT)
+
+
+async def test_a_failure_leaves_what_is_known_and_is_tried_again(spec: EngineSpec, elsewhere: Elsewhere) -> None:
+    service = PromptService(PrefixStore(10**7), elsewhere)
+    elsewhere.open.set()
+    elsewhere.fails = True
+    assert [prompt.complete for prompt in await service.encode(chat(DOCUMENT), spec)] == [False]
+    elsewhere.fails = False
+    (prompt,) = await service.encode(chat(DOCUMENT), spec)
+    assert prompt == expected(spec, chat(DOCUMENT))
