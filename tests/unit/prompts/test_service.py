@@ -82,10 +82,10 @@ async def test_late_tokens_are_there_for_the_next_request(spec: EngineSpec, else
 async def test_the_same_cold_text_is_tokenized_once(spec: EngineSpec, elsewhere: Elsewhere) -> None:
     service = PromptService(PrefixStore(10**7), elsewhere)
     bodies = [chat(DOCUMENT, question) for question in ("Why?", "When?", "Why?", "Where?" * 100)]
+    await service.encoder(spec)
     requests = [asyncio.create_task(service.encode(body, spec)) for body in bodies]
-    while len(elsewhere.asked) < 2:
-        await asyncio.sleep(0.01)
     await asyncio.sleep(0.05)
+    assert len(elsewhere.asked) > 2
     elsewhere.open.set()
     for body, request in zip(bodies, requests, strict=True):
         (got,) = await request
