@@ -1,0 +1,245 @@
+"""The systems under test, each as a context manager: two simulated engines behind something that routes.
+
+In: where to put files. Out: `Running`: where to send requests, and where the same engines can be called directly. Only
+one system runs at a time, for an idle Ray cluster costs a noticeable part of two cores.
+
+    ours_local     HAProxy -> LLMRouter, KVCacheAwareRouter with local stages    (configs/quickstart.yaml)
+    ours_graph     the same, prompt and index stages called as deployments      (configs/graph.yaml)
+    ours_ingress   Ray Serve LLM's ordinary ingress, local stages               (configs/quickstart.yaml)
+    vllm_router_*  vllm-router of PyPI with that policy
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import random
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from enum import StrEnum
+from pathlib import Path
+from typing import Any, Final
+
+import httpx
+import psutil
+
+from benchmarks.overhead.client import Endpoint
+from benchmarks.overhead.engine_app import MAX_MODEL_LEN, WHERE_PATH
+from benchmarks.overhead.router_venv import RouterInstall
+from serve_app import local_stack
+from serve_app.cli import load_config
+
+ROOT: Final = Path(__file__).resolve().parents[2]
+MODEL: Final = "smollm2-135m-instruct"
+BLOCK_SIZE: Final = 16  # vLLM's on a GPU
+ENGINES: Final = 2
+REPLICA, UVICORN = "replica", "uvicorn"  # names of baselines: the replica's HTTP server, plain uvicorn
+_QUIET_PORTS: Final = (21_000, 29_000)
+_START_TIMEOUT_S: Final = 180.0
+_QUIET_TIMEOUT_S: Final = 1800.0
+
+Say = Callable[[str], None]
+
+
+class System(StrEnum):
+    OURS_LOCAL = "ours_local"
+    OURS_GRAPH = "ours_graph"
+    OURS_INGRESS = "ours_ingress"
+    CACHE_AWARE = "vllm_router_cache_aware"
+    KV_AWARE = "vllm_router_kv_aware"
+    ROUND_ROBIN = "vllm_router_round_robin"  # knows nothing: what forwarding alone costs there
+
+    @property
+    def ours(self) -> bool:
+        return self.value.startswith("ours")
+
+
+@dataclass(frozen=True, slots=True)
+class Running:
+    endpoint: Endpoint
+    baselines: dict[str, dict[str, Endpoint]]  # name of the baseline -> engine -> where to call it directly
+    folder: Path  # with the engines' counters
+
+    def learned(self) -> int:
+        """Request bodies that the engines' cores have turned into KV events."""
+        return sum(int(path.read_text() or 0) for path in self.folder.glob("*.learned"))
+
+
+@contextmanager
+def start(system: System, model_path: str, router: RouterInstall | None, say: Say) -> Iterator[Running]:
+    """Start a system with its engines, and stop all of it at the end."""
+    with tempfile.TemporaryDirectory(prefix="overhead-") as name, _environment(Path(name)):
+        folder = Path(name)
+        if system.ours:
+            with _ours(system, model_path, folder, say) as running:
+                yield running
+        else:
+            assert router is not None
+            policy = system.value.removeprefix("vllm_router_")
+            with _vllm_router(policy, router, model_path, folder) as running:
+                yield running
+
+
+@contextmanager
+def _environment(folder: Path) -> Iterator[None]:
+    """What every process of the system inherits. KVCACHE_HOME keeps a server of `kvcache up` out of this."""
+    path = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))
+    ours = {
+        "PYTHONPATH": path,
+        "KVCACHE_HOME": str(folder),
+        "KVCACHE_OVERHEAD_FOLDER": str(folder),
+        "RAYLLM_VLLM_ENGINE_CLS": "benchmarks.overhead.serve_engine.SimulatedEngine",
+        "VLLM_LOGGING_LEVEL": "ERROR",
+        "OMP_NUM_THREADS": "1",
+        "TOKENIZERS_PARALLELISM": "false",
+    }
+    before = {name: os.environ.get(name) for name in ours}
+    os.environ.update(ours)
+    try:
+        yield
+    finally:
+        for variable, value in before.items():
+            if value is None:
+                del os.environ[variable]
+            else:
+                os.environ[variable] = value
+
+
+# -- this project -----------------------------------------------------------------------------------------------------
+
+
+@contextmanager
+def _ours(system: System, model_path: str, folder: Path, say: Say) -> Iterator[Running]:
+    _wait_until_no_other_ray(say)
+    direct = system is not System.OURS_INGRESS
+    stack = local_stack.start(_serve_config(system, model_path), direct=direct, on_progress=say, name=system.value)
+    try:
+        host, port = stack.url.removeprefix("http://").split(":")
+        endpoint = Endpoint(host, int(port))
+        baselines = {UVICORN: _ports(folder)}
+        if direct:
+            baselines = {REPLICA: _replica_servers(endpoint, baselines[UVICORN].keys()), **baselines}
+        yield Running(endpoint, baselines, folder)
+    finally:
+        local_stack.stop(stack, on_progress=lambda _: None)
+
+
+def _serve_config(system: System, model_path: str) -> dict[str, Any]:
+    """A config of the project with the model's path and the engine's block size put in."""
+    name = "graph.yaml" if system is System.OURS_GRAPH else "quickstart.yaml"
+    config = load_config(ROOT / "configs" / name, _quiet_port())
+    llm = config["applications"][1]["args"]["llm"]
+    llm["model_loading_config"] = {"model_id": MODEL, "model_source": model_path}
+    llm["engine_kwargs"] = {"block_size": BLOCK_SIZE, "max_model_len": MAX_MODEL_LEN}
+    llm["deployment_config"]["num_replicas"] = ENGINES
+    llm.pop("runtime_env", None)
+    return config
+
+
+def _replica_servers(endpoint: Endpoint, names: Any) -> dict[str, Endpoint]:
+    """The HTTP servers of Serve's replicas: whoever answers through HAProxy says where it was asked."""
+    found: dict[str, Endpoint] = {}
+    deadline_s = time.monotonic() + _START_TIMEOUT_S
+    while set(found) != set(names):
+        if time.monotonic() > deadline_s:
+            raise TimeoutError(f"only {sorted(found)} of {sorted(names)} answer through HAProxy")
+        with contextlib.suppress(httpx.HTTPError, ValueError):
+            answer = httpx.get(endpoint.url + WHERE_PATH, timeout=10).raise_for_status().json()
+            found[answer["name"]] = Endpoint("127.0.0.1", answer["port"])
+    return found
+
+
+def _wait_until_no_other_ray(say: Say) -> None:
+    """Two clusters on two cores measure each other."""
+    deadline_s = time.monotonic() + _QUIET_TIMEOUT_S
+    told = False
+    while any(process.info["name"] == "raylet" for process in psutil.process_iter(["name"])):
+        if time.monotonic() > deadline_s:
+            raise TimeoutError("another Ray cluster has been running on this machine all the time")
+        if not told:
+            say("waiting for another Ray cluster on this machine to end")
+            told = True
+        time.sleep(5)
+
+
+# -- vllm-router ------------------------------------------------------------------------------------------------------
+
+
+@contextmanager
+def _vllm_router(policy: str, router: RouterInstall, model_path: str, folder: Path) -> Iterator[Running]:
+    with ExitStack() as stack:
+        names = [f"engine-{i}" for i in range(ENGINES)]
+        events = [_quiet_port() for _ in names]
+        for name, port in zip(names, events, strict=True):
+            options = ["--model-path", model_path, "--model", MODEL, "--block-size", str(BLOCK_SIZE)]
+            module = [sys.executable, "-m", "benchmarks.overhead.engine_server", str(folder), name]
+            stack.enter_context(_process([*module, *options, "--events-port", str(port)], folder / f"{name}.log"))
+        _until(lambda: len(_ports(folder)) == ENGINES, "the engines")
+        engines = _ports(folder)
+        _until(lambda: all((folder / f"{name}.learned").exists() for name in names), "the engines' cores")
+
+        endpoint = Endpoint("127.0.0.1", _quiet_port())
+        command = [str(router.command), "--host", endpoint.host, "--port", str(endpoint.port), "--policy", policy]
+        command += ["--prometheus-port", str(_quiet_port()), "--log-level", "error"]
+        command += ["--worker-urls", *(engines[name].url for name in names)]
+        if policy == "kv_aware":
+            command += ["--kv-event-model", MODEL, "--kv-event-block-size", str(BLOCK_SIZE)]
+            for name, port in zip(names, events, strict=True):
+                command += ["--kv-event-source", f"{engines[name].url}=tcp://127.0.0.1:{port}"]
+                command += ["--kv-event-replay-source", f"{engines[name].url}=tcp://127.0.0.1:{port + 1}"]
+        stack.enter_context(_process(command, folder / "router.log"))
+        _until(lambda: _answers(f"{endpoint.url}/health"), f"vllm-router {policy}")
+        yield Running(endpoint, {UVICORN: engines}, folder)
+
+
+@contextmanager
+def _process(command: Sequence[str], log: Path) -> Iterator[None]:
+    with log.open("wb") as output:
+        process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=output, stderr=subprocess.STDOUT)
+    try:
+        yield
+    finally:
+        process.terminate()
+        try:
+            process.wait(10)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.wait()
+
+
+def _ports(folder: Path) -> dict[str, Endpoint]:
+    return {path.stem: Endpoint("127.0.0.1", int(path.read_text())) for path in sorted(folder.glob("*.port"))}
+
+
+def _quiet_port() -> int:
+    """A port that is free together with the next one, below those that the kernel hands out.
+
+    A port of the kernel's own range can be given to one of Ray's processes before Serve comes to bind it.
+    """
+    while True:
+        port = random.randrange(*_QUIET_PORTS, 2)
+        with contextlib.suppress(OSError), socket.socket() as one, socket.socket() as next_one:
+            one.bind(("127.0.0.1", port))
+            next_one.bind(("127.0.0.1", port + 1))
+            return port
+
+
+def _answers(url: str) -> bool:
+    try:
+        return httpx.get(url, timeout=2).is_success
+    except httpx.HTTPError:
+        return False
+
+
+def _until(check: Callable[[], bool], what: str) -> None:
+    deadline_s = time.monotonic() + _START_TIMEOUT_S
+    while not check():
+        if time.monotonic() > deadline_s:
+            raise TimeoutError(f"{what} did not start")
+        time.sleep(0.2)
