@@ -1,0 +1,136 @@
+"""What was routed and not yet seen stored: prefill that is queued at each pod, and blocks that will be there soon.
+
+A request that was just sent to a pod is in no index yet. Without a memory of it, the next requests with the same new
+prefix would be spread, and a burst would be sent to the pod that looks idle. So every routed request is an entry here
+until the pod's own BlockStored events tell of its last block, or its time is over. While it is open,
+
+- the tokens that the pod has to compute for it count as queued prefill;
+- its blocks count as speculative: whoever comes next with the same prefix will find them when its turn comes.
+
+    routed to a: 6 blocks, of which a held 2      queued at a: 4 blocks      speculative at a: 6 blocks
+    a stores block 6                              queued at a: 0             (the index has them now)
+
+Pure; the clock is an argument. Speculative blocks are kept in two tables that take turns, so that old ones go away
+without being removed one by one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+from serve_app.blocks import KEY_BYTES
+from serve_app.index.table import BlockTable
+from serve_app.types import BlockKeys, PodId
+
+FORGET_S = 30.0  # an entry that nothing was heard of for so long is closed
+SPECULATE_S = 5.0  # a block that was routed counts for so long at least, twice as long at most, unless still queued
+_WORD_BITS = 64
+
+Held = Callable[[PodId, BlockKeys], Sequence[bool]]
+"""Whether a pod holds each of the blocks, in any tier."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Entry:
+    pod: PodId
+    keys: BlockKeys
+    tokens: int  # that the pod has to compute
+    sent_at_s: float
+
+
+class Ledger:
+    """One router's. Used on one event loop."""
+
+    def __init__(self) -> None:
+        self._entries: dict[PodId, list[_Entry]] = {}
+        self._queued: dict[PodId, int] = {}
+        self._bits: dict[PodId, int] = {}
+        self._tables = (BlockTable(), BlockTable())  # new ones, and those of the time before
+        self._turn_at_s = 0.0
+
+    def sent(self, pod: PodId, keys: BlockKeys, tokens: int, now_s: float) -> None:
+        """A request was routed to `pod`, which has to compute `tokens` of it."""
+        if now_s >= self._turn_at_s:
+            self._turn(now_s)
+        entry = _Entry(pod, keys, tokens, now_s)
+        self._entries.setdefault(pod, []).append(entry)
+        self._queued[pod] = self._queued.get(pod, 0) + tokens
+        if keys:
+            self._tables[0].add(keys, self._bit(pod))
+
+    def settle(self, held: Held, now_s: float) -> None:
+        """Close the entries whose last block is stored, and those whose time is over."""
+        for pod, entries in self._entries.items():
+            if not entries:
+                continue
+            last = b"".join(entry.keys[-KEY_BYTES:] for entry in entries if entry.keys)
+            stored = iter(held(pod, last))
+            left = [
+                entry for entry in entries if not (entry.keys and next(stored)) and now_s - entry.sent_at_s < FORGET_S
+            ]
+            if len(left) < len(entries):
+                self._entries[pod] = left
+                self._queued[pod] = sum(entry.tokens for entry in left)
+
+    def queued_tokens(self, pod: PodId) -> int:
+        return self._queued.get(pod, 0)
+
+    def open_requests(self, pod: PodId) -> int:
+        return len(self._entries.get(pod, ()))
+
+    def speculative_blocks(self, keys: BlockKeys, matched: Mapping[PodId, int]) -> dict[PodId, int]:
+        """How many blocks from the prompt's beginning each pod will hold; `matched` is what it holds now.
+
+        Pods that gain nothing are left out.
+        """
+        starts: dict[int, int] = {}
+        pods: dict[int, PodId] = {}
+        for pod, blocks in matched.items():
+            bit = self._bits.get(pod)
+            if bit is not None:
+                starts[blocks] = starts.get(blocks, 0) | 1 << bit
+                pods[bit] = pod
+        found: dict[PodId, int] = {}
+        for start, mask in starts.items():
+            for table in self._tables:
+                if len(table):
+                    for end, ended in table.runs(keys, start, mask):
+                        if end > start:
+                            for bit in _each_bit(ended):
+                                found[pods[bit]] = max(end, found.get(pods[bit], 0))
+        return found
+
+    def keep_only(self, pods: Sequence[PodId]) -> None:
+        for pod in self._entries.keys() - set(pods):
+            del self._entries[pod]
+            self._queued.pop(pod, None)
+            bit = self._bits.pop(pod, None)
+            if bit is not None:
+                for table in self._tables:
+                    table.erase(bit)
+
+    def _turn(self, now_s: float) -> None:
+        """Start a new table; what is still open goes on to count."""
+        self._turn_at_s = now_s + SPECULATE_S
+        self._tables = (BlockTable(), self._tables[0])
+        for pod, entries in self._entries.items():
+            for entry in entries:
+                if entry.keys:
+                    self._tables[0].add(entry.keys, self._bit(pod))
+
+    def _bit(self, pod: PodId) -> int:
+        bit = self._bits.get(pod)
+        if bit is None:
+            used = set(self._bits.values())
+            bit = self._bits[pod] = next(i for i in range(len(used) + 1) if i not in used)
+        return bit
+
+
+def _each_bit(mask: int) -> list[int]:
+    bits = []
+    while mask:
+        low = mask & -mask
+        bits.append(low.bit_length() - 1)
+        mask ^= low
+    return bits
