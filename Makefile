@@ -72,17 +72,29 @@ types: setup ## mypy, strict
 contracts: setup ## import-linter: the layering of docs/architecture.md
 	@$(BIN)/lint-imports
 
+# Only benchmarks need these: plots, and NVIDIA Dynamo's runtime to compare with. Without them that part is left out.
+.PHONY: bench-setup
+bench-setup: setup
+	@$(BIN)/python -c "import matplotlib" 2>/dev/null || $(BIN)/pip install --quiet -c constraints.txt "matplotlib>=3.10,<4" \
+		|| echo "==> matplotlib cannot be installed: no plots"
+	@$(BIN)/python -c "import dynamo._core" 2>/dev/null || $(BIN)/pip install --quiet --no-deps ai-dynamo-runtime==1.6.1 \
+		|| echo "==> ai-dynamo-runtime cannot be installed: no comparison with it"
+
 .PHONY: bench
-bench: setup ## every benchmarks/bench_*.py; results go to benchmarks/results
+bench: bench-setup ## every benchmarks/bench_*.py; results go to benchmarks/results
 	@shopt -s nullglob; for script in benchmarks/bench_*.py; do echo "==> $$script"; $(BIN)/python "$$script" $(ARGS); done
 
 .PHONY: bench-read-path
-bench-read-path: setup ## from body bytes to scored replicas, stage by stage
+bench-read-path: bench-setup ## from body bytes to scored replicas, stage by stage
 	@$(BIN)/python benchmarks/bench_read_path.py $(ARGS)
 
 .PHONY: bench-overhead
 bench-overhead: setup ## latency added over a direct call and requests per second, beside vllm-router
 	@$(BIN)/python benchmarks/bench_overhead.py $(ARGS)
+
+.PHONY: bench-fleet
+bench-fleet: bench-setup ## routing policies on a simulated fleet of GPU replicas, with plots
+	@$(BIN)/python benchmarks/bench_fleet.py $(ARGS)
 
 .PHONY: lock
 lock: ## resolve pyproject.toml afresh and write constraints.txt

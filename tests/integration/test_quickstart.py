@@ -100,7 +100,10 @@ def test_conversations_stay_with_the_replica_that_holds_them(openai_client: open
     assert len(replicas) == 2  # and cold ones are spread
 
 
-def test_long_cold_text_comes_back_from_the_tokenizer_deployment(openai_client: openai.OpenAI) -> None:
+def test_long_cold_text_comes_back_from_the_tokenizer_deployment(
+    http: httpx.Client, openai_client: openai.OpenAI
+) -> None:
+    score(http, {"model": MODEL, "prompt": "It loads its tokenizer at its first call."})
     messages = [{"role": "user", "content": story("Ida", 1000)}]
     homes = set()
     for _ in range(3):
