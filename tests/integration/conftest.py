@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import itertools
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -45,20 +46,28 @@ def start_stack(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Start]:
 def wait_until_routed_by_cache(url: str) -> None:
     """A router loads its tokenizer when the first replica has joined; until then requests go to the least loaded.
 
-    Those alternate. So the same prompt answered three times in a row from the cache of one replica was routed by it.
+    Those alternate. So a new prompt that is answered three times by one replica, from its cache, was routed by it. (A
+    prompt of an attempt that failed is no good any more: both replicas have it, and equal ones take turns.)
     """
-    text = " ".join(f"The lighthouse keeper counted {i} ships before breakfast." for i in range(20))
     with openai.OpenAI(base_url=f"{url}/v1", api_key="none", timeout=120, max_retries=0) as client:
         model = client.models.list().data[0].id
-        last: list[tuple[str | None, bool]] = []
-        deadline = time.monotonic() + READY_TIMEOUT_S
-        while not (len(last) == 3 and len({replica for replica, _ in last}) == 1 and all(hit for _, hit in last)):
-            assert time.monotonic() < deadline, f"requests are not routed by cache; the last three: {last}"
+
+        def ask(text: str) -> tuple[str | None, bool]:
             raw = client.completions.with_raw_response.create(model=model, prompt=text, max_tokens=1)
             usage = raw.parse().usage
             details = usage.prompt_tokens_details if usage else None
-            last = [*last[-2:], (raw.headers.get(REPLICA_HEADER), bool(details and details.cached_tokens))]
-            time.sleep(0.3)
+            time.sleep(0.3)  # let the blocks reach the index
+            return raw.headers.get(REPLICA_HEADER), bool(details and details.cached_tokens)
+
+        deadline = time.monotonic() + READY_TIMEOUT_S
+        for attempt in itertools.count():
+            text = " ".join(
+                f"The keeper of lighthouse {attempt} counted {i} ships before breakfast." for i in range(20)
+            )
+            (first, _), *others = [ask(text) for _ in range(3)]
+            if others == [(first, True)] * 2:
+                return
+            assert time.monotonic() < deadline, f"requests are not routed by cache: {first}, then {others}"
 
 
 def config(name: str, **engine_kwargs: Any) -> dict[str, Any]:
