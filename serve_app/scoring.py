@@ -16,6 +16,7 @@ from serve_app.types import CPU, GPU, PodMatch, Tier
 
 
 class Strategy(StrEnum):
+    EXPECTED_TTFT = "expected_ttft"  # by the load of the pods too: serve_app/routing
     LONGEST_PREFIX = "longest_prefix"
     HIGHEST_BLOCK_HIT = "highest_block_hit"
     COVERAGE = "coverage"
@@ -38,7 +39,7 @@ def score(
 ) -> float:
     """Score of one pod for a prompt of `prompt_tokens` tokens."""
     match strategy:
-        case Strategy.LONGEST_PREFIX:
+        case Strategy.LONGEST_PREFIX | Strategy.EXPECTED_TTFT:
             total = 0.0
             for tier, count in match.tokens.items():
                 total += count * tier_weights.get(tier, UNKNOWN_TIER_WEIGHT)

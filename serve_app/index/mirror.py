@@ -124,6 +124,10 @@ class Mirror:
     ) -> Mapping[PodId, PodMatch]:
         return self._index.match(keys, pods, count_hits=count_hits)
 
+    def held(self, pods: Sequence[PodId], keys: BlockKeys) -> list[bool]:
+        """Whether each pod holds the block beside it."""
+        return self._index.held(pods, keys)
+
     def pods(self) -> list[PodId]:
         return self._index.pods()
 
