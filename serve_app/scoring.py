@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from enum import StrEnum
 from types import MappingProxyType
 
-from serve_app.types import CPU, GPU, PodMatch, Tier
+from serve_app.types import CPU, GPU, Found, PodId, PodMatch, Tier
 
 
 class Strategy(StrEnum):
@@ -29,6 +29,15 @@ class Strategy(StrEnum):
 
 TIER_WEIGHTS: Mapping[Tier, float] = MappingProxyType({GPU: 1.0, CPU: 0.8, Tier("storage"): 0.5})
 UNKNOWN_TIER_WEIGHT = 0.5
+
+
+def score_all(found: Found, strategy: Strategy) -> dict[PodId, float]:
+    """Score of every pod that was looked up, summed over the request's prompts."""
+    scores: dict[PodId, float] = {}
+    for prompt, matches in zip(found.prompts, found.matches, strict=True):
+        for pod, match in matches.items():
+            scores[pod] = scores.get(pod, 0.0) + score(match, prompt.token_count, strategy)
+    return scores
 
 
 def score(

@@ -124,10 +124,20 @@ _NOTHING = PodMatch()
 class Served(NamedTuple):
     """One request that an engine has answered, in its own figures."""
 
+    request_id: str  # as the engine knows it: the client's or gateway's x-request-id, in a prefix and suffix of vLLM's
     prompt_tokens: int
     cached_tokens: int  # of these, not computed: from any tier
     queued_s: float  # from arrival to its first step
     prefill_s: float  # from its first step to its first token
+
+
+class Routed(NamedTuple):
+    """What another router has sent to a pod."""
+
+    pod: PodId
+    keys: BlockKeys  # of the blocks that the pod did not hold
+    tokens: int  # that it has to compute
+    at_s: float = 0.0  # receiver's monotonic clock
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,6 +1,6 @@
 """The policy that ships, on the index that ships: serve_app.routing.Chooser, fed as the request router feeds it.
 
-A simulated first token or end is not told to it: a router of ours learns of both only through what the replicas publish.
+A simulated first token or end is not told to it: a router of ours learns of both through what the replicas publish.
 """
 
 from __future__ import annotations

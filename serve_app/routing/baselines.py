@@ -47,10 +47,12 @@ class SessionRing:
         """All pods, the session's own first."""
         if list(pods) != self._pods:
             self._pods = list(pods)
-            self._ring = sorted(
-                (xxhash.xxh3_64_intdigest(f"{pod}/{point}"), pod) for pod in pods for point in range(self.POINTS)
-            )
-        start = bisect.bisect(self._ring, (xxhash.xxh3_64_intdigest(session), PodId("")))
+            self._ring = sorted((_digest(f"{pod}/{point}"), pod) for pod in pods for point in range(self.POINTS))
+        start = bisect.bisect(self._ring, (_digest(session), PodId("")))
         met = dict.fromkeys(pod for _, pod in self._ring[start:] + self._ring[:start])
         most = self.BOUND * (sum(in_flight.get(pod, 0) for pod in pods) + 1) / max(len(pods), 1)
         return sorted(met, key=lambda pod: in_flight.get(pod, 0) + 1 > most + 1)  # stable: the ring's order is kept
+
+
+def _digest(text: str) -> int:
+    return xxhash.xxh3_64_intdigest(text.encode())

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass, field, replace
 from enum import StrEnum
 from typing import NamedTuple
 
@@ -56,3 +56,7 @@ class Choice:
     reason: str
     costs: Mapping[PodId, Cost] = field(default_factory=dict)  # empty: the order does not rest on costs
     held_tokens: Mapping[PodId, int] = field(default_factory=dict)  # of the prompts, speculative blocks included
+
+    def with_last(self, pods: Collection[PodId]) -> Choice:
+        """The same, but these pods come after all others."""
+        return replace(self, ranked=sorted(self.ranked, key=pods.__contains__)) if pods else self

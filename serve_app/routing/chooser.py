@@ -1,7 +1,7 @@
 """One router's choice of a pod: puts costs, ledger, loads and learned rates together.
 
     choose(pods, what was found)  ->  all pods, best first, with the cost of each
-    sent(...)                     ->  the first of them got the request; it counts there until the pod is seen to have it
+    sent(...)                     ->  the first of them got the request; it counts there until the pod has it
 
 Used on one event loop. What the pods report comes in between, through `loaded`, `served` and `routed`.
 """
@@ -11,14 +11,15 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
+from serve_app.blocks import KEY_BYTES
 from serve_app.routing.baselines import SessionRing, Turns, by_load
 from serve_app.routing.choice import Choice, Cost, Outcome, Policy
 from serve_app.routing.costs import CostWeights, cost
 from serve_app.routing.in_flight import InFlight
 from serve_app.routing.learning import PrefillRates
 from serve_app.routing.ledger import Entry, Held, Ledger
-from serve_app.scoring import Strategy, score
-from serve_app.types import BlockKeys, Found, PodId, PodLoad, PodMatch, Served
+from serve_app.scoring import Strategy, score_all
+from serve_app.types import BlockKeys, Found, PodId, PodLoad, PodMatch, Routed, Served
 
 SETTLE_S = 0.005  # the ledger is compared with the index at most this often
 
@@ -95,10 +96,7 @@ class Chooser:
     def _by_score(
         self, pods: Sequence[PodId], found: Found, loads: Mapping[PodId, int], turn: Mapping[PodId, int], why: str
     ) -> Choice:
-        scores = dict.fromkeys(pods, 0.0)
-        for prompt, matches in zip(found.prompts, found.matches, strict=True):
-            for pod in pods:
-                scores[pod] += score(matches.get(pod, _NOTHING), prompt.token_count, self.strategy)
+        scores = {**dict.fromkeys(pods, 0.0), **score_all(found, self.strategy)}
         ranked = sorted(pods, key=lambda pod: (-scores[pod], loads[pod], turn[pod]))
         if ranked and scores[ranked[0]] > 0:
             return Choice(ranked, Outcome.HIT, why or "prefix")
@@ -164,6 +162,14 @@ class Chooser:
             entries.append(self.ledger.sent(pod, prompt.keys, compute, now_s))
             compute = 0  # the first one stands for all
         return Sent(pod, entries)
+
+    def route(self, sent: Sent, found: Found) -> list[Routed]:
+        """What other routers must know of it: of every prompt, the blocks that the pod does not hold yet."""
+        routes = []
+        for entry, matches in zip(sent.entries, found.matches, strict=True):
+            held = matches.get(sent.pod, _NOTHING).total_tokens // found.block_size
+            routes.append(Routed(sent.pod, entry.keys[held * KEY_BYTES :], entry.tokens))
+        return [route for route in routes if route.keys or route.tokens]
 
     def withdraw(self, sent: Sent) -> None:
         """It was not sent there after all."""
