@@ -135,7 +135,7 @@ class Chooser:
             self.ledger.settle(self._held, now_s)
         size = found.block_size
         totals: dict[PodId, tuple[Cost, int]] = {}
-        turnover = self.turnover.shares(pods)
+        turnover = self.turnover.shares(pods, now_s)
         for i, (prompt, matches) in enumerate(zip(found.prompts, found.matches, strict=True)):
             blocks = {pod: match.total_tokens // size for pod in pods if (match := matches.get(pod)) is not None}
             soon = self.ledger.speculative_blocks(prompt.keys, blocks)
