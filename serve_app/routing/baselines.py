@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import bisect
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 import xxhash
 
@@ -11,16 +11,27 @@ from serve_app.types import PodId
 
 
 class Turns:
-    """An order for equal candidates that changes with every call, so that a tie never always goes to the first."""
+    """An order for equal candidates: who got a request longest ago comes first, whatever that request was.
+
+    Counting calls would not do: if every other call has no tie, half of the pods never get one that has.
+    """
 
     def __init__(self) -> None:
         self._turn = 0
+        self._last: dict[PodId, int] = {}
 
-    def next(self, pods: Sequence[PodId]) -> dict[PodId, int]:
-        """Place of each pod this time."""
+    def sent(self, pod: PodId) -> None:
+        """`pod` has had its turn."""
         self._turn += 1
-        count = max(len(pods), 1)
-        return {pod: (i - self._turn) % count for i, pod in enumerate(pods)}
+        self._last[pod] = self._turn
+
+    def order(self, pods: Sequence[PodId]) -> dict[PodId, int]:
+        """What to sort by: the least first."""
+        return {pod: self._last.get(pod, 0) for pod in pods}
+
+    def keep_only(self, pods: Iterable[PodId]) -> None:
+        for pod in self._last.keys() - set(pods):
+            del self._last[pod]
 
 
 def by_load(pods: Sequence[PodId], in_flight: Mapping[PodId, int], turn: Mapping[PodId, int]) -> list[PodId]:

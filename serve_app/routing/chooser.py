@@ -71,7 +71,7 @@ class Chooser:
             why: why they could not, or why they are of a part of the prompt only; the decision's reason.
             session: what the client calls its session; used when there is nothing better.
         """
-        turn = self._turns.next(pods)
+        turn = self._turns.order(pods)
         if self.policy is Policy.ROUND_ROBIN:
             return Choice(sorted(pods, key=turn.__getitem__), Outcome.BASELINE, self.policy.value)
         loads = {pod: self.in_flight.count(pod, now_s) for pod in pods}
@@ -158,6 +158,7 @@ class Chooser:
     def sent(self, pod: PodId, found: Found | None, choice: Choice, now_s: float) -> Sent:
         """`pod` gets the request."""
         self.in_flight.sent(pod, now_s)
+        self._turns.sent(pod)
         if found is None or not choice.costs:
             return Sent(pod, ())
         compute = max(found.prompt_tokens - choice.held_tokens.get(pod, 0), 1)
@@ -181,10 +182,12 @@ class Chooser:
         self.in_flight.withdrawn(sent.pod)
         for entry in sent.entries:
             self.ledger.withdraw(entry)
+            self.turnover.withdraw(entry.pod, entry.tokens, entry.sent_at_s)
 
     def routed(self, pod: PodId, keys: BlockKeys, tokens: int, now_s: float) -> None:
         """Another router has sent a request there."""
         self.in_flight.sent(pod, now_s)
+        self._turns.sent(pod)
         self.ledger.sent(pod, keys, tokens, now_s)
         self.turnover.add(pod, tokens, now_s)
 
@@ -204,6 +207,7 @@ class Chooser:
         self.ledger.keep_only(pods)
         self.rates.keep_only(pods)
         self.turnover.keep_only(pods)
+        self._turns.keep_only(pods)
 
 
 def _sum(one: tuple[Cost, int], other: tuple[Cost, int]) -> tuple[Cost, int]:

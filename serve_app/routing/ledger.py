@@ -79,10 +79,10 @@ class Ledger:
     def reported(self, pod: PodId, load: PodLoad) -> None:
         """No more entries can be open than the pod has requests: the oldest beyond are done, or never came."""
         known_until_s = load.received_at_s - REPORT_DELAY_S
-        entries = self._entries.get(pod, ())
-        excess = sum(entry.sent_at_s <= known_until_s for entry in entries) - load.in_flight
+        seen = [entry for entry in self._entries.get(pod, ()) if entry.sent_at_s <= known_until_s]
+        excess = len(seen) - load.in_flight
         if excess > 0:
-            gone = {id(entry) for entry in entries[:excess]}
+            gone = {id(entry) for entry in seen[:excess]}
             self._keep(lambda entry: id(entry) not in gone, [pod])
 
     def queued_tokens(self, pod: PodId) -> int:

@@ -32,6 +32,11 @@ class Turnover:
         self._rebase(now_s)
         self._weighed[pod] = self._weighed.get(pod, 0.0) + tokens * 2.0 ** ((now_s - self._since_s) / HALF_LIFE_S)
 
+    def withdraw(self, pod: PodId, tokens: int, added_at_s: float) -> None:
+        """It need not compute them after all."""
+        if pod in self._weighed:
+            self.add(pod, -tokens, added_at_s)
+
     def shares(self, pods: Sequence[PodId], now_s: float) -> dict[PodId, float]:
         """Turnover of each pod, of the highest among them; near 1 for all while little is computed anywhere."""
         self._rebase(now_s)
