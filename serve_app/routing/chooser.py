@@ -15,6 +15,7 @@ from serve_app.blocks import KEY_BYTES
 from serve_app.routing.baselines import SessionRing, Turns, by_load
 from serve_app.routing.choice import Choice, Cost, Outcome, Policy
 from serve_app.routing.costs import CostWeights, cost
+from serve_app.routing.homes import Homes
 from serve_app.routing.in_flight import InFlight
 from serve_app.routing.learning import PrefillRates
 from serve_app.routing.ledger import Entry, Held, Ledger
@@ -54,6 +55,7 @@ class Chooser:
         self.rates = PrefillRates()
         self.turnover = Turnover()
         self._held = held
+        self._homes = Homes()
         self._turns = Turns()
         self._ring = SessionRing()
         self._settle_at_s = 0.0
@@ -114,10 +116,15 @@ class Chooser:
         why: str,
     ) -> Choice:
         costs = self._costs(pods, found, loads, now_s)
-        ranked = sorted(pods, key=lambda pod: (costs[pod][0].total_s, turn[pod]))
+        totals = {pod: terms.total_s for pod, (terms, _) in costs.items()}
+        ranked = sorted(pods, key=lambda pod: (totals[pod], turn[pod]))
         prompt_tokens = found.prompt_tokens
         held = {pod: prompt_tokens - compute for pod, (_, compute) in costs.items()}
         most = max(held.values(), default=0)
+        home = self._home(found, most)
+        if home in totals and totals[home] <= totals[ranked[0]] + found.block_size * self.rates.s_per_token(home):
+            ranked.remove(home)
+            ranked.insert(0, home)
         if most < found.block_size:
             outcome, reason = Outcome.MISS, "no_prefix"
         else:
@@ -125,6 +132,12 @@ class Chooser:
             outcome = Outcome.HIT if own >= found.block_size else Outcome.MISS
             reason = "prefix" if own > most - found.block_size else "balance"  # another one holds more, but is busy
         return Choice(ranked, outcome, why or reason, {pod: terms for pod, (terms, _) in costs.items()}, held)
+
+    def _home(self, found: Found, held_tokens: int) -> PodId | None:
+        """Who got the conversation's last request."""
+        if len(found.prompts) != 1:
+            return None
+        return self._homes.find(found.prompts[0].keys, -(-held_tokens // found.block_size))
 
     def _costs(
         self, pods: Sequence[PodId], found: Found, loads: Mapping[PodId, int], now_s: float
@@ -166,6 +179,7 @@ class Chooser:
         entries = []
         for prompt in found.prompts:
             entries.append(self.ledger.sent(pod, prompt.keys, compute, now_s))
+            self._homes.sent(pod, prompt.keys)
             compute = 0  # the first one stands for all
         return Sent(pod, entries)
 
@@ -189,6 +203,7 @@ class Chooser:
         self.in_flight.sent(pod, now_s)
         self._turns.sent(pod)
         self.ledger.sent(pod, keys, tokens, now_s)
+        self._homes.sent(pod, keys)
         self.turnover.add(pod, tokens, now_s)
 
     def loaded(self, pod: PodId, load: PodLoad) -> None:

@@ -81,7 +81,7 @@ def test_after_the_split_the_copy_counts_at_once() -> None:
 
 
 def test_a_short_prompt_that_all_share_draws_nobody_to_one_pod() -> None:
-    """The one that computed the system prompt first holds a little more of every prompt, and gets no more work for it."""
+    """The one that computed the system prompt first holds a bit more of every prompt, but gets no more work."""
     router = Router()
     system = text("system", 8)
     router.stored(A, system)
