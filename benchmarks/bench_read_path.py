@@ -49,14 +49,17 @@ from serve_app.prompts.prefix_store import PrefixStore  # noqa: E402
 from serve_app.prompts.request import ChatPrompt, parse_request  # noqa: E402
 from serve_app.prompts.service import PromptService  # noqa: E402
 from serve_app.prompts.tokenizer import Segment  # noqa: E402
+from serve_app.routing.chooser import SETTLE_S, Chooser  # noqa: E402
 from serve_app.scoring import score  # noqa: E402
 from serve_app.types import (  # noqa: E402
     GPU,
     BlockKeys,
     Domain,
     DomainId,
+    EncodedKeys,
     EngineSpec,
     Epoch,
+    Found,
     ModelId,
     PodId,
     PodMatch,
@@ -70,6 +73,7 @@ STAGES = ("json", "render", "split", "lookup", "tokenize", "complete", "match", 
 PROMPT_BLOCKS = 562  # of a prompt of 9,000 tokens
 SHARED_BLOCKS = 96  # of them, system prompt and documents that 16 prompts have in common
 PROMPTS_PER_GROUP = 16
+OPEN_REQUESTS = 64  # routed, and not yet seen stored
 STORE_BYTES = 512 << 20
 NS_PER_US = 1_000
 
@@ -292,6 +296,54 @@ def _match_report(
             for which in ("first", "again")
         }
     return report
+
+
+# -- choice -----------------------------------------------------------------------------------------------------------
+
+
+def bench_choice(fleet: Fleet, indexes: Mapping[int, MemoryIndex], repeats: int) -> dict[str, Any]:
+    """The Chooser's time for matched prompts of the fleet, with requests under way that no event has told of.
+
+    "settled": the ledger was compared with the index less than SETTLE_S before; "settling" does that too.
+    """
+    times: dict[str, list[float]] = {}
+    choosers: dict[int, Chooser] = {}
+    rng = random.Random(5)
+    now_s = 0.0
+    for replicas, index in indexes.items():
+        chooser = choosers[replicas] = Chooser(index.held)
+        for _ in range(OPEN_REQUESTS):
+            found = _found(index, rng.randbytes(PROMPT_BLOCKS * KEY_BYTES), replicas)
+            choice = chooser.choose(list(found.matches[0]), found, now_s)
+            chooser.sent(choice.ranked[0], found, choice, now_s)
+    gc.collect()
+    gc.freeze()
+    for _ in range(repeats):
+        keys = rng.choice(fleet.keys)
+        now_s += 2 * SETTLE_S
+        for replicas, index in indexes.items():
+            chooser, found = choosers[replicas], _found(index, keys, replicas)
+            pods = list(found.matches[0])
+            for which in ("settling", "settled"):
+                us, choice = timed(lambda c=chooser, p=pods, f=found, t=now_s: c.choose(p, f, t))
+                times.setdefault(f"choose {replicas} {which}", []).append(us)
+            best = max(found.matches[0].values(), key=lambda match: match.total_tokens).total_tokens
+            assert max(choice.held_tokens.values()) >= best, "the choice does not know of the longest match"
+            us, sent = timed(lambda c=chooser, f=found, d=choice, t=now_s: c.sent(d.ranked[0], f, d, t))
+            times.setdefault(f"sent {replicas}", []).append(us)
+            chooser.withdraw(sent)
+    gc.unfreeze()
+    return {
+        "prompt_blocks": PROMPT_BLOCKS,
+        "open_requests": OPEN_REQUESTS,
+        "us": {name: {"median": rounded(median(us)), "p10": rounded(p10(us))} for name, us in times.items()},
+    }
+
+
+def _found(index: MemoryIndex, keys: BlockKeys, replicas: int) -> Found:
+    tokens = PROMPT_BLOCKS * BLOCK_SIZE + BLOCK_SIZE // 2
+    pods = [PodId(f"p{r}") for r in range(replicas)]
+    return Found([EncodedKeys(keys, tokens, tokens)], [index.match(keys, pods)], BLOCK_SIZE)
 
 
 # -- whole path -------------------------------------------------------------------------------------------------------
@@ -565,6 +617,7 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="a tenth of the blocks, few repeats: does it run at all?")
     parser.add_argument("--output", type=Path, default=ROOT / "benchmarks/results/read_path.json", help="JSON to write")
     parser.add_argument("--memory", choices=("index", "prefix_store", "dynamo"), help=argparse.SUPPRESS)
+    parser.add_argument("--choice", action="store_true", help="only the choice, into an existing --output")
     parser.add_argument("--blocks", type=int, help="distinct blocks in the index (default: 1,000,000)")
     args = parser.parse_args()
     blocks = args.blocks or (100_000 if args.quick else 1_000_000)
@@ -572,24 +625,41 @@ def main() -> None:
         print(json.dumps(measure_memory(args.memory, blocks)))
         return
     report: dict[str, Any] = {"machine": machine(), "quick": args.quick, "block_size": BLOCK_SIZE}
-    say("memory, each in a process of its own")
-    measured = ["index", "prefix_store"] + ["dynamo"] * (import_dynamo()[0] is not None)
-    report["memory"] = {what: in_own_process(what, blocks) for what in measured}
+    if args.choice and args.output.exists():
+        report = json.loads(args.output.read_text())
+    if not args.choice:
+        say("memory, each in a process of its own")
+        measured = ["index", "prefix_store"] + ["dynamo"] * (import_dynamo()[0] is not None)
+        report["memory"] = {what: in_own_process(what, blocks) for what in measured}
     say(f"filling indexes of {blocks:,} blocks")
     spec = EngineSpec(MODEL, BLOCK_SIZE, resolve_model("builtin:smollm2-135m-instruct"))
     fleet = make_fleet(blocks, (8, 64))
     indexes = {replicas: MemoryIndex() for replicas in (8, 64)}
     for replicas, index in indexes.items():
         fill_index(index, fleet, replicas, spec)
-    say("index match")
-    report["match"] = bench_match(fleet, indexes, 20 if args.quick else 400)
-    say("whole path")
-    report["path"] = asyncio.run(bench_path(indexes[8], spec, 4 if args.quick else 80))
-    report["targets"] = targets(report)
+    say("choice")
+    report["choice"] = {
+        **bench_choice(fleet, indexes, 40 if args.quick else 2000),
+        "load_average": round(os.getloadavg()[0], 1),
+    }
+    say(json.dumps(report["choice"], indent=2))
+    if not args.choice:
+        bench_reads(report, fleet, indexes, spec, args.quick)
     args.output.parent.mkdir(parents=True, exist_ok=True)
     args.output.write_text(json.dumps(report, indent=2) + "\n")
-    say(json.dumps({k: report[k] for k in ("memory", "targets")}, indent=2))
     say(f"written: {args.output}")
+
+
+def bench_reads(
+    report: dict[str, Any], fleet: Fleet, indexes: Mapping[int, MemoryIndex], spec: EngineSpec, quick: bool
+) -> None:
+    """Index match and whole path, and what they are to reach, into `report`."""
+    say("index match")
+    report["match"] = bench_match(fleet, indexes, 20 if quick else 400)
+    say("whole path")
+    report["path"] = asyncio.run(bench_path(indexes[8], spec, 4 if quick else 80))
+    report["targets"] = targets(report)
+    say(json.dumps({k: report[k] for k in ("memory", "targets")}, indent=2))
 
 
 if __name__ == "__main__":

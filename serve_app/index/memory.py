@@ -165,8 +165,9 @@ class MemoryIndex:
         found = [False] * len(bits)
         for table in self._tiers.values():
             for i, words in enumerate(table.masks(keys).tolist()):
-                mask = sum(word << j * _WORD_BITS for j, word in enumerate(words))
-                found[i] = found[i] or bool(mask & bits[i])
+                place, bit = divmod(bits[i].bit_length() - 1, _WORD_BITS)
+                if 0 <= place < len(words) and words[place] >> bit & 1:
+                    found[i] = True
         return found
 
     def pods(self) -> list[PodId]:

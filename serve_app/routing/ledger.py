@@ -16,6 +16,7 @@ Speculative blocks are kept in two tables that take turns, so that old ones go a
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Set as AbstractSet
 from dataclasses import dataclass
 
 from serve_app.blocks import KEY_BYTES
@@ -25,6 +26,8 @@ from serve_app.types import BlockKeys, PodId, PodLoad
 
 FORGET_S = 120.0  # an entry that nothing was heard of for so long is closed
 SPECULATE_S = 2.0  # a block that was routed counts for so long at least, twice as long at most, unless still queued
+
+_WORD_BITS = 64  # of a BlockTable's masks
 
 Held = Callable[[Sequence[PodId], BlockKeys], Sequence[bool]]
 """Whether each pod holds the block beside it, in any tier."""
@@ -70,11 +73,14 @@ class Ledger:
 
     def settle(self, held: Held, now_s: float) -> None:
         """Close the entries whose last block is stored, and those whose time is over."""
-        with_keys = [entry for entries in self._entries.values() for entry in entries if entry.keys]
-        last = b"".join(entry.keys[-KEY_BYTES:] for entry in with_keys)
-        stored = held([entry.pod for entry in with_keys], last) if with_keys else ()
-        done = {id(entry) for entry, is_stored in zip(with_keys, stored, strict=True) if is_stored}
-        self._keep(lambda entry: id(entry) not in done and now_s - entry.sent_at_s < FORGET_S)
+        entries = [entry for of_pod in self._entries.values() for entry in of_pod]
+        if not entries:
+            return
+        with_keys = [entry for entry in entries if entry.keys]
+        last = b"".join([entry.keys[-KEY_BYTES:] for entry in with_keys])
+        stored = held([entry.pod for entry in with_keys], last)
+        done = {entry for entry, is_stored in zip(with_keys, stored, strict=True) if is_stored}
+        self._close(done | {entry for entry in entries if now_s - entry.sent_at_s >= FORGET_S})
 
     def reported(self, pod: PodId, load: PodLoad) -> None:
         """No more entries can be open than the pod has requests: the oldest beyond are done, or never came."""
@@ -82,8 +88,7 @@ class Ledger:
         seen = [entry for entry in self._entries.get(pod, ()) if entry.sent_at_s <= known_until_s]
         excess = len(seen) - load.in_flight
         if excess > 0:
-            gone = {id(entry) for entry in seen[:excess]}
-            self._keep(lambda entry: id(entry) not in gone, [pod])
+            self._close(set(seen[:excess]))
 
     def queued_tokens(self, pod: PodId) -> int:
         return self._queued.get(pod, 0)
@@ -100,14 +105,20 @@ class Ledger:
             if bit is not None:
                 starts[blocks] = starts.get(blocks, 0) | 1 << bit
                 pods[bit] = pod
+        starts.pop(len(keys) // KEY_BYTES, None)
         found: dict[PodId, int] = {}
-        for start, mask in starts.items():
-            for table in self._tables:
-                if len(table):
-                    for end, ended in table.runs(keys, start, mask):
-                        if end > start:
-                            for bit in _each_bit(ended):
-                                found[pods[bit]] = max(end, found.get(pods[bit], 0))
+        if not starts:
+            return found
+        next_keys = b"".join([keys[start * KEY_BYTES : (start + 1) * KEY_BYTES] for start in starts])
+        for table in self._tables:
+            if not len(table):
+                continue
+            for (start, mask), words in zip(starts.items(), table.masks(next_keys).tolist(), strict=True):
+                gaining = mask & sum([word << i * _WORD_BITS for i, word in enumerate(words)])
+                if gaining:  # seldom: most prompts have nothing under way
+                    for end, ended in table.runs(keys, start, gaining):
+                        for bit in _each_bit(ended):
+                            found[pods[bit]] = max(end, found.get(pods[bit], 0))
         return found
 
     def keep_only(self, pods: Iterable[PodId]) -> None:
@@ -119,13 +130,11 @@ class Ledger:
                 for table in self._tables:
                     table.erase(bit)
 
-    def _keep(self, wanted: Callable[[Entry], bool], pods: Iterable[PodId] | None = None) -> None:
-        for pod in list(self._entries if pods is None else pods):
-            entries = self._entries[pod]
-            left = [entry for entry in entries if wanted(entry)]
-            if len(left) < len(entries):
-                self._entries[pod] = left
-                self._queued[pod] = sum(entry.tokens for entry in left)
+    def _close(self, done: AbstractSet[Entry]) -> None:
+        for pod in {entry.pod for entry in done}:
+            left = [entry for entry in self._entries[pod] if entry not in done]
+            self._entries[pod] = left
+            self._queued[pod] = sum(entry.tokens for entry in left)
 
     def _turn(self, now_s: float) -> None:
         """Start a new table; what is still open goes on to count."""
