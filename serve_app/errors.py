@@ -38,4 +38,11 @@ class IndexUnavailable(KVCacheError):
 
 
 class StoreError(KVCacheError):
-    """Redis did not do what it was asked. What was being written may or may not be there: resync."""
+    """Redis did not do what it was asked. What was being written may or may not be there: resync.
+
+    `refused`: it answered, and said no; asking again soon will not help.
+    """
+
+    def __init__(self, message: str, *, refused: bool = False) -> None:
+        super().__init__(message)
+        self.refused = refused

@@ -3,6 +3,7 @@
     kv:{m}:domains                          hash    domain id -> DomainRecord
     kv:{m}:lease:<domain>                   string  HeartbeatRecord, with expiry; gone = the domain is dead
     kv:{m}:blocks:<domain>:<epoch>:<tier>   set     8-byte block keys: the state that a new follower loads
+    kv:{m}:seqs                             hash    domain id -> epoch and number of its last entry in the log
     kv:{m}:log                              stream  one LogRecord per entry, under the field `r`
 
 `{m}` is a hash tag: all keys of a model are in one slot of a Redis Cluster, so transactions work there.
@@ -88,12 +89,20 @@ class LogRecord(msgspec.Struct, array_like=True, frozen=True):
     in_flight: int = 0  # with `load`
 
 
+class SeqRecord(msgspec.Struct, array_like=True, frozen=True):
+    """The state is what the log says up to here. Written with every transaction, so that what is lost is noticed."""
+
+    epoch: int
+    seq: int
+
+
 class Keyspace:
     """Key names of one model."""
 
     def __init__(self, model: ModelId) -> None:
         self._prefix = f"kv:{{{model}}}"
         self.domains = f"{self._prefix}:domains"
+        self.seqs = f"{self._prefix}:seqs"
         self.log = f"{self._prefix}:log"
 
     def lease(self, domain: DomainId) -> str:
@@ -106,4 +115,5 @@ class Keyspace:
 encode = msgspec.msgpack.encode
 decode_domain = msgspec.msgpack.Decoder(DomainRecord).decode
 decode_heartbeat = msgspec.msgpack.Decoder(HeartbeatRecord).decode
+decode_seq = msgspec.msgpack.Decoder(SeqRecord).decode
 decode_log = msgspec.msgpack.Decoder(LogRecord).decode
