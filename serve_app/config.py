@@ -30,8 +30,8 @@ class IndexSettings(_Settings):
     redis_url: Annotated[
         str,
         Field(
-            description="URL of Redis or Valkey: redis://, rediss:// (TLS), unix://, redis+sentinel://, redis+cluster:// "
-            "(?password_file=/path keeps the password out of it); or `embedded`."
+            description="URL of Redis or Valkey: redis://, rediss:// (TLS), unix://, redis+sentinel:// or "
+            "redis+cluster:// (?password_file=/path keeps the password out of it); or `embedded`."
         ),
     ] = EMBEDDED
     max_blocks: Annotated[PositiveInt, Field(description="Cap of a mirror, in blocks (about 100 bytes each).")] = (

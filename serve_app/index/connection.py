@@ -91,7 +91,7 @@ def connect(url: str, *, name: str, slot_of: str = "") -> redis.Redis:
 
 def redact(url: str) -> str:
     """The URL without its passwords, for logs. Of a URL that is none, it rather hides too much."""
-    scheme, separator, rest = url.partition("://")
+    scheme, separator, rest = url.partition("://") if "://" in url else ("", "", url)
     userinfo, at, tail = rest.rpartition("@")
     if at:
         user, colon, _ = userinfo.partition(":")
