@@ -117,7 +117,7 @@ class Publisher:
                 self._writer.flush()
                 self._beat(now)
         except StoreError as error:
-            self._faults.failed(str(error))
+            self._faults.failed(error)
             self._domain = None
             self._retry_at_s = time.monotonic() + self._retry_s
             self._retry_s = min(2 * self._retry_s, RETRY_REFUSED_MAX_S) if error.refused else RETRY_S

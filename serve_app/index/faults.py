@@ -20,14 +20,12 @@ _OF_PIPELINE = re.compile(
 )
 
 
-def store_error(error: redis.RedisError | OSError, keys: Keyspace) -> StoreError:
-    """The error to raise instead, with advice where only a person can help."""
-    text = str(error)
+def store_error(error: redis.RedisError | OSError, keys: Keyspace, command: str = "") -> StoreError:
+    """The error to raise instead, with advice where only a person can help. `command`: if `error` does not name it."""
+    text = f"{error} ({command})" if command and isinstance(error, redis.ResponseError) else str(error)
     if in_pipeline := _OF_PIPELINE.fullmatch(text):
         text = f"{in_pipeline['error']} ({in_pipeline['command']})"
-    advice = _advice(error, text, keys)
-    refused = isinstance(error, redis.ResponseError)
-    return StoreError(f"{text}; {advice}" if advice else text, refused=refused)
+    return StoreError(text, advice=_advice(error, text, keys), refused=isinstance(error, redis.ResponseError))
 
 
 def _advice(error: Exception, text: str, keys: Keyspace) -> str:
@@ -62,10 +60,11 @@ class FaultLog:
         self._consequence = consequence
         self._said: set[str] = set()
 
-    def failed(self, what: str) -> None:
+    def failed(self, error: StoreError) -> None:
+        what = error.advice or str(error)  # the command that fails may be another every time, the advice is not
         if what not in self._said:
             self._said.add(what)
-            self._logger.warning("redis: %s; %s", what, self._consequence)
+            self._logger.warning("redis: %s; %s", error, self._consequence)
 
     def healed(self) -> None:
         if self._said:

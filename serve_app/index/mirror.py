@@ -178,7 +178,7 @@ class Mirror:
                 self.counters["gaps"] += 1
                 self._position = None
             except (redis.RedisError, OSError) as error:
-                self._faults.failed(str(store_error(error, self._keys)))
+                self._faults.failed(store_error(error, self._keys))
                 self.counters["errors"] += 1
                 self._check_at_s = 0.0  # what answers next may be another server: see that it has the log we read
                 self._stop.wait(RETRY_S)

@@ -229,7 +229,7 @@ class RedisWriter:
         try:
             stored: Any = self._redis.hget(self._keys.domains, domain_id)
         except (redis.RedisError, OSError) as error:
-            raise store_error(error, self._keys) from error
+            raise store_error(error, self._keys, f"HGET {self._keys.domains}") from error
         if stored is not None:
             old = decode_domain(stored)
             names = [self._keys.blocks(domain_id, Epoch(old.epoch), Tier(tier)) for tier in old.tiers]
