@@ -8,6 +8,7 @@ later (a failover, a restart from an older snapshot, a deleted or evicted key) s
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -27,7 +28,7 @@ from serve_app.index.keyspace import (
     decode_seq,
     encode,
 )
-from serve_app.types import BlockKeys, Domain, DomainId, Epoch, ModelId, Tier
+from serve_app.types import BlockKeys, Domain, DomainId, Epoch, ModelId, Served, Tier
 
 LEASE_TTL_S = 3.0  # a dead domain is out of every mirror within this and one check of the mirror
 STATE_TTL_S = 600  # block sets that nobody renews go away by themselves
@@ -122,14 +123,15 @@ class RedisWriter:
             self._pipeline.reset()
         for published in unflushed:
             published.flushed_seq = published.seq
-        for (command, *names), answer in zip(commands, answers, strict=True):
-            if command == "SADD":
-                self._set_sizes[names[0]] += answer
-            elif command == "SREM":
-                self._set_sizes[names[0]] -= answer
-            elif command == "UNLINK":
-                for name in names:
-                    del self._set_sizes[name]
+        for command, answer in zip(commands, answers, strict=True):
+            match command[0]:
+                case "SADD":
+                    self._set_sizes[command[1]] += answer
+                case "SREM":
+                    self._set_sizes[command[1]] -= answer
+                case "UNLINK":
+                    for name in command[1:]:
+                        del self._set_sizes[name]
 
     # -- lease and load -------------------------------------------------------------------------------------------
 
@@ -163,10 +165,10 @@ class RedisWriter:
             and sizes == [self._set_sizes[name] for name in sets]  # a set may be evicted, or deleted by a person
         )
 
-    def report_load(self, domain: DomainId, epoch: Epoch, in_flight: int) -> None:
-        """Tell the routers at once how many requests the engine has (buffered, as the changes are)."""
+    def report_load(self, domain: DomainId, epoch: Epoch, in_flight: int, served: Sequence[Served] = ()) -> None:
+        """Tell the routers how many requests the engine has, and of those that ended (buffered, as the changes are)."""
         if self._current(domain, epoch) is not None:
-            self._append(LogRecord("load", domain, epoch, in_flight=in_flight))
+            self._append(LogRecord("load", domain, epoch, in_flight=in_flight, served=tuple(served)))
 
     def close(self) -> None:
         self._redis.close()
