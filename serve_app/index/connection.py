@@ -145,6 +145,8 @@ def _connect(url: str, name: str, slot_of: str) -> redis.Redis:
     if scheme == _CLUSTER:
         if options.get("db"):
             raise ValueError("a Redis Cluster has only database 0")
+        if not slot_of:
+            raise ValueError("in a Redis Cluster a client must know of which slot its keys are (`slot_of`)")
         return redis.Redis(connection_pool=slot_pool(addresses, slot_of, tls=tls, **options))
     if len(addresses) > 1:
         raise ValueError("several hosts need redis+sentinel:// or redis+cluster://")

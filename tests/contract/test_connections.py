@@ -26,7 +26,7 @@ from serve_app.index.redis_writer import RedisWriter
 from serve_app.types import CPU, GPU, DomainId, Epoch, PodId
 from tests.helpers import MODEL, eventually, keys, pod
 from tests.proxy import Proxy
-from tests.servers import HOST, Server, cluster_node, form_cluster, sentinel_for
+from tests.servers import HOST, SLOTS, Server, cluster_node, form_cluster, sentinel_for
 
 USERS = Path(__file__).parents[2] / "cluster" / "redis" / "users.acl"
 A, B = DomainId("a"), DomainId("b")
@@ -188,6 +188,45 @@ def test_a_slot_that_moves_to_another_node_is_followed(tmp_path: Path) -> None:
         eventually(lambda: mirror.pods() == [PodId("a")])
 
 
+def test_a_slot_that_is_moved_key_by_key_is_followed(tmp_path: Path) -> None:
+    """Resharding: in between, neither node can run a transaction over all our keys."""
+    with contextlib.ExitStack() as stack:
+        nodes = [stack.enter_context(running(cluster_node(tmp_path / str(n)))) for n in range(2)]
+        form_cluster(nodes, owners=2)
+        keyspace = Keyspace(MODEL)
+        clients = [stack.enter_context(node.client()) for node in nodes]
+        slot = clients[0].execute_command("CLUSTER", "KEYSLOT", keyspace.log)
+        if slot >= SLOTS // 2:  # the second node owns it
+            nodes.reverse()
+            clients.reverse()
+        (source, target), ids = clients, [client.execute_command("CLUSTER", "MYID").decode() for client in clients]
+        url = f"redis+cluster://{HOST}:{nodes[1].port}"
+        writer, mirror = RedisWriter(url, MODEL), follow(url, stack)
+        stack.callback(writer.close)
+
+        def publish(epoch: int) -> bool:
+            try:
+                writer.join(pod("a", epoch))
+                writer.add(A, Epoch(epoch), GPU, keys(epoch))
+                writer.flush()
+                return writer.heartbeat(A, HeartbeatRecord(epoch))
+            except StoreError:
+                return False
+
+        assert publish(1)
+        target.execute_command("CLUSTER", "SETSLOT", slot, "IMPORTING", ids[0])
+        source.execute_command("CLUSTER", "SETSLOT", slot, "MIGRATING", ids[1])
+        source.execute_command("MIGRATE", HOST, nodes[1].port, keyspace.domains, 0, 5000)
+        assert not publish(2)
+        for key in source.execute_command("CLUSTER", "GETKEYSINSLOT", slot, 100):
+            source.execute_command("MIGRATE", HOST, nodes[1].port, key, 0, 5000)
+        for client in (target, source):
+            client.execute_command("CLUSTER", "SETSLOT", slot, "NODE", ids[1])
+        eventually(lambda: publish(3), 10)
+        eventually(lambda: mirror.match(keys(3), [PodId("a")])[PodId("a")].total_tokens == 4, 10)
+        assert mirror.match(keys(1), [PodId("a")])[PodId("a")].total_tokens == 0
+
+
 def test_a_password_that_was_changed_in_its_file_is_taken_at_the_next_connect(tmp_path: Path) -> None:
     with contextlib.ExitStack() as stack:
         url = password_file(tmp_path, stack)
@@ -247,6 +286,7 @@ def test_a_cluster_behind_a_plain_url_is_told(tmp_path: Path) -> None:
         ("redis://one,two", "several hosts"),
         ("redis+sentinel://one,two", "service"),
         ("redis+cluster://one/3", "only database 0"),
+        ("redis+cluster://", "a host is missing"),
         ("unix://", "whole path"),
         ("unix://relative/path", "whole path"),
     ],

@@ -209,6 +209,15 @@ def test_a_publisher_that_is_cut_off_stops_counting_and_comes_back(fleet: Fleet)
     fleet.settle()
 
 
+def test_a_publisher_that_hangs_stops_counting_and_goes_on(fleet: Fleet) -> None:
+    fleet.publisher.process.send_signal(signal.SIGSTOP)
+    fleet.remove(3)
+    fleet.store(20)
+    eventually(lambda: fleet.mirror.pods() == [], 10)
+    fleet.publisher.process.send_signal(signal.SIGCONT)
+    fleet.settle()
+
+
 def test_answers_that_take_a_second(fleet: Fleet) -> None:
     """Leases hold, changes arrive."""
     fleet.to_publisher.delay_s = fleet.to_mirror.delay_s = 1.0
