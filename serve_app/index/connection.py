@@ -50,6 +50,7 @@ _REDIS_PY_SETTINGS = frozenset(
         "health_check_interval",
     ]
 )
+_ENCODE = "in a user or password, the characters : / ? # @ % are written as %3A %2F %3F %23 %40 %25"
 _FILES = ("password_file", "sentinel_password_file", "ssl_ca_certs", "ssl_certfile", "ssl_keyfile")
 
 
@@ -118,6 +119,8 @@ def _connect(url: str, name: str, slot_of: str) -> redis.Redis:
     if scheme not in {_UNIX, *_PORTS}:
         raise ValueError("it must begin with redis://, rediss://, unix://, redis+sentinel:// or redis+cluster://")
     settings = dict(parse_qsl(parts.query, keep_blank_values=True))
+    if parts.fragment or any("@" in text for text in (parts.path, *settings)):
+        raise ValueError(_ENCODE)  # before any message quotes what may be a part of a password
     _check_settings(settings, tls)
     own = {key: settings.pop(key) for key in _OWN_SETTINGS & settings.keys()}
     options: dict[str, Any] = {
@@ -184,11 +187,8 @@ def _addresses(parts: SplitResult, default_port: int) -> list[Address]:
         one = urlsplit(f"//{text}")
         try:
             port = one.port
-        except ValueError:  # its message quotes what may be a part of a password
-            raise ValueError(
-                "the port is no number; in a user or password, the characters : / ? # @ % are written as %3A %2F %3F "
-                "%23 %40 %25"
-            ) from None
+        except ValueError:
+            raise ValueError(f"the port is no number; {_ENCODE}") from None
         if not one.hostname:
             raise ValueError("a host is missing")
         addresses.append((one.hostname, port or default_port))
