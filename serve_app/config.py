@@ -53,7 +53,11 @@ class IndexSettings(_Settings):
 
     model: Annotated[str, Field(description="Model id that clients send; names the key space in Redis.")]
     redis_url: Annotated[
-        str, Field(description="redis://, rediss:// or unix:// URL of Redis or Valkey, or `embedded`.")
+        str,
+        Field(
+            description="URL of Redis or Valkey: redis://, rediss:// (TLS), unix://, redis+sentinel:// or "
+            "redis+cluster:// (?password_file=/path keeps the password out of it); or `embedded`."
+        ),
     ] = EMBEDDED
     max_blocks: Annotated[PositiveInt, Field(description="Cap of a mirror, in blocks (about 100 bytes each).")] = (
         20_000_000

@@ -15,6 +15,7 @@ from serve_app.config import GraphArgs
 from serve_app.deployments.metrics import IndexMetrics
 from serve_app.errors import PromptError, StoreError
 from serve_app.index.connection import connect
+from serve_app.index.keyspace import Keyspace
 from serve_app.index.mirror import Mirror
 from serve_app.index.router_log import read_receipts
 from serve_app.once import Once
@@ -70,7 +71,7 @@ class BlockIndex:
         self._mirror.start()
         self._model = ModelId(args.model)
         self._desk = Desk(self._mirror, Chooser(self._mirror.held, weights=args.cost.weights()))
-        self._redis = connect(redis_url, name="kvcache-receipts")
+        self._redis = connect(redis_url, name="kvcache-receipts", slot_of=Keyspace(self._model).receipts)
         self._metrics = IndexMetrics(self._mirror, args.model)
 
     def spec(self) -> EngineSpec | None:

@@ -22,6 +22,7 @@ from serve_app.errors import StoreError, WireError
 from serve_app.events.engine_blocks import Added, Change, Cleared, EngineBlocks, Removed
 from serve_app.events.source import EventSource, Received
 from serve_app.events.wire import BlockStored, decode_batch
+from serve_app.index.faults import FaultLog
 from serve_app.index.keyspace import HeartbeatRecord
 from serve_app.index.redis_writer import LEASE_TTL_S, RedisWriter
 from serve_app.types import CPU, Domain, DomainId, EngineSpec, Epoch, ModelId, PodId, Served
@@ -31,6 +32,7 @@ logger = logging.getLogger(__name__)
 HEARTBEAT_S = LEASE_TTL_S / 3
 LOAD_REPORT_S = 0.05  # at most one load report in this time, at least one per HEARTBEAT_S
 RETRY_S = 0.5
+RETRY_REFUSED_MAX_S = 8.0  # while Redis answers and refuses, every attempt sends the whole set: then ever less often
 _POLL_MS = 50
 _BATCHES_PER_FLUSH = 2000
 SERVED_MAX = 1000  # requests whose figures wait for Redis; older ones are dropped: they are statistics
@@ -92,6 +94,8 @@ class Publisher:
         self._reported_at_s = self._heartbeat_at_s = self._retry_at_s = 0.0
         self._applied = self._lost = self._joins = 0
         self._skipped: Counter[str] = Counter()
+        self._retry_s = RETRY_S
+        self._faults = FaultLog(logger, "publishing everything again when it does as it is asked")
         self._poller = zmq.Poller()
         self._poller.register(self._source.socket, zmq.POLLIN)
         self._poller.register(self._source.monitor, zmq.POLLIN)
@@ -125,10 +129,10 @@ class Publisher:
                 self._writer.flush()
                 self._beat(now)
         except StoreError as error:
-            if self._domain is not None:
-                logger.warning("redis: %s; publishing everything again when it answers", error)
+            self._faults.failed(error)
             self._domain = None
-            self._retry_at_s = time.monotonic() + RETRY_S
+            self._retry_at_s = time.monotonic() + self._retry_s
+            self._retry_s = min(2 * self._retry_s, RETRY_REFUSED_MAX_S) if error.refused else RETRY_S
         return True
 
     def _take(self, batches: Iterable[Received]) -> None:
@@ -195,6 +199,8 @@ class Publisher:
         self._joins += 1
         self._heartbeat_at_s = 0.0
         self._beat(now_s)
+        self._retry_s = RETRY_S
+        self._faults.healed()
         logger.info("joined %s as %s with %d blocks", config.model, config.pod, len(self._blocks))
 
     def _beat(self, now_s: float) -> None:

@@ -3,6 +3,7 @@
     kv:{m}:domains                          hash    domain id -> DomainRecord
     kv:{m}:lease:<domain>                   string  HeartbeatRecord, with expiry; gone = the domain is dead
     kv:{m}:blocks:<domain>:<epoch>:<tier>   set     8-byte block keys: the state that a new follower loads
+    kv:{m}:seqs                             hash    domain id -> epoch and number of its last entry in the log
     kv:{m}:log                              stream  one LogRecord per entry, under the field `r`
     kv:{m}:routers                          zset    router id -> seconds since 1970 when it was last there
     kv:{m}:receipts                         stream  one receipt per entry (JSON), under the field `r`, the last thousand
@@ -93,12 +94,20 @@ class LogRecord(msgspec.Struct, array_like=True, frozen=True):
     tokens: int = 0  # with `route`: prefill that it has to do
 
 
+class SeqRecord(msgspec.Struct, array_like=True, frozen=True):
+    """The state is what the log says up to here. Written with every transaction, so that what is lost is noticed."""
+
+    epoch: int
+    seq: int
+
+
 class Keyspace:
     """Key names of one model."""
 
     def __init__(self, model: ModelId) -> None:
         self._prefix = f"kv:{{{model}}}"
         self.domains = f"{self._prefix}:domains"
+        self.seqs = f"{self._prefix}:seqs"
         self.log = f"{self._prefix}:log"
         self.routers = f"{self._prefix}:routers"
         self.receipts = f"{self._prefix}:receipts"
@@ -113,4 +122,5 @@ class Keyspace:
 encode = msgspec.msgpack.encode
 decode_domain = msgspec.msgpack.Decoder(DomainRecord).decode
 decode_heartbeat = msgspec.msgpack.Decoder(HeartbeatRecord).decode
+decode_seq = msgspec.msgpack.Decoder(SeqRecord).decode
 decode_log = msgspec.msgpack.Decoder(LogRecord).decode
