@@ -83,12 +83,13 @@ def status() -> None:
     if known is None:
         _say("the index does not answer (yet)")
         return
-    table = Table("replica", "live", "blocks", "in flight", "KV events", "lost", "skipped")
+    table = Table("replica", "live", "trust", "blocks", "in flight", "KV events", "lost", "skipped")
     for pod in known["pods"]:
         skipped = ", ".join(f"{reason} {count}" for reason, count in (pod["events_skipped"] or {}).items())
         table.add_row(
             pod["pod"],
             "yes" if pod["live"] else "[red]no[/red]",
+            pod["trust"] if pod["trust"] == "exact" else f"[red]{pod['trust']}[/red]",
             *(str(pod[name]) for name in ("blocks", "in_flight", "events_applied", "events_lost")),
             skipped or "0",
         )

@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from enum import StrEnum
 from types import MappingProxyType
 
-from serve_app.types import CPU, GPU, Found, PodId, PodMatch, Tier
+from serve_app.types import CPU, GPU, Found, PodId, PodMatch, Tier, Trust
 
 
 class Strategy(StrEnum):
@@ -29,6 +29,11 @@ class Strategy(StrEnum):
 
 TIER_WEIGHTS: Mapping[Tier, float] = MappingProxyType({GPU: 1.0, CPU: 0.8, Tier("storage"): 0.5})
 UNKNOWN_TIER_WEIGHT = 0.5
+
+TRUST_WEIGHTS: Mapping[Trust, float] = MappingProxyType({Trust.EXACT: 1.0, Trust.DEGRADED: 0.9, Trust.STALE: 0.5})
+"""What a matched token is worth, by the trust in its pod. A degraded pod holds no less than is known of it, so it loses
+only against equals; of a stale one blocks may have gone unheard, and a match that is no longer there costs a prefill.
+"""
 
 
 def score_all(found: Found, strategy: Strategy) -> dict[PodId, float]:

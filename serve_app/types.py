@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from enum import StrEnum
 from typing import NamedTuple, NewType
 
 BlockKey = NewType("BlockKey", bytes)
@@ -35,6 +36,14 @@ CPU = Tier("cpu")
 
 Epoch = NewType("Epoch", int)
 """One life of a domain, ms since 1970 at its start. Blocks and log entries of another epoch are void."""
+
+
+class Trust(StrEnum):
+    """How sure it is that a pod holds what the index says it holds."""
+
+    EXACT = "exact"  # every event of the engine has been applied, and everything was heard in time
+    DEGRADED = "degraded"  # events were lost: it holds what the index says, and perhaps more
+    STALE = "stale"  # not heard of in time, or not there: it may hold less, or more
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,6 +77,7 @@ class Domain:
     spec: EngineSpec
     pod: PodId | None = None  # None: shared by the pods that are attached to it
     address: str = ""  # for people: node, or host:port
+    degraded: bool = False  # its publisher has lost events of the engine, and knows not of every block
 
 
 @dataclass(frozen=True, slots=True)

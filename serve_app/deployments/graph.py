@@ -103,6 +103,7 @@ class BlockIndex:
                 {
                     "pod": domain.pod,
                     "live": live,
+                    "trust": self._mirror.trust(domain.pod) if domain.pod else None,
                     "epoch": domain.epoch,
                     "address": domain.address,
                     "block_size": domain.spec.block_size,

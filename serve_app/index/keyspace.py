@@ -32,6 +32,7 @@ class DomainRecord(msgspec.Struct, array_like=True, frozen=True):
     content_format: str = "auto"
     tiers: tuple[str, ...] = ()  # tiers that may have a blocks set in this epoch
     template_kwargs: str = ""
+    degraded: bool = False
 
     @classmethod
     def of(cls, domain: Domain, tiers: tuple[str, ...] = ()) -> DomainRecord:
@@ -47,6 +48,7 @@ class DomainRecord(msgspec.Struct, array_like=True, frozen=True):
             spec.content_format,
             tiers,
             spec.template_kwargs,
+            domain.degraded,
         )
 
     def domain(self, domain_id: DomainId) -> Domain:
@@ -63,6 +65,7 @@ class DomainRecord(msgspec.Struct, array_like=True, frozen=True):
             ),
             pod=None if self.pod is None else PodId(self.pod),
             address=self.address,
+            degraded=self.degraded,
         )
 
 
@@ -76,10 +79,14 @@ class HeartbeatRecord(msgspec.Struct, array_like=True, frozen=True):
     events_lost: int = 0  # batches that the engine sent and that could not be had again
     events_skipped: dict[str, int] = {}
     resyncs: int = 0
+    beat: int = 0  # counts the renewals: one that does not change is late
 
 
 class LogRecord(msgspec.Struct, array_like=True, frozen=True):
-    """One change. `op` is join | add | remove | clear | leave; or load | route, which are no state of a domain."""
+    """One change. `op` is join | add | remove | clear | leave; or load | route, which are no state of a domain.
+
+    A join of the current epoch renews the domain's record.
+    """
 
     op: str
     domain: str

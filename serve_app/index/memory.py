@@ -20,7 +20,7 @@ from typing import NamedTuple
 import numpy as np
 
 from serve_app.index.table import BlockTable
-from serve_app.types import GPU, BlockKeys, Domain, DomainId, Epoch, PodId, PodMatch, Tier
+from serve_app.types import GPU, BlockKeys, Domain, DomainId, Epoch, PodId, PodMatch, Tier, Trust
 
 DEFAULT_MAX_BLOCKS = 20_000_000  # some 50 bytes each (benchmarks/bench_read_path.py)
 _EVICT_SHARE = 64  # evict 1/64 at a time: finding the oldest costs a pass over all
@@ -34,6 +34,13 @@ class _Member:
     domain: Domain
     bit: int  # position in the masks
     live: bool = True  # its lease is held
+    late: bool = False  # its heartbeat is overdue
+
+    @property
+    def trust(self) -> Trust:
+        if self.late or not self.live:
+            return Trust.STALE
+        return Trust.DEGRADED if self.domain.degraded else Trust.EXACT
 
 
 class _Group(NamedTuple):
@@ -50,10 +57,11 @@ class _Group(NamedTuple):
 class _Live:
     """The pods that are there now, as a reader needs them."""
 
-    __slots__ = ("bit_of", "mask", "no_match", "pod_of")
+    __slots__ = ("bit_of", "mask", "no_match", "pod_of", "trust_of")
 
-    def __init__(self, bit_of: dict[PodId, int]) -> None:
+    def __init__(self, bit_of: dict[PodId, int], trust_of: dict[PodId, Trust]) -> None:
         self.bit_of = bit_of  # as masks of one bit
+        self.trust_of = trust_of
         self.pod_of = {bit: pod for pod, bit in bit_of.items()}
         self.mask = sum(bit_of.values())
         self.no_match = dict.fromkeys(bit_of, _NO_MATCH)
@@ -74,7 +82,7 @@ class MemoryIndex:
         self._tiers: dict[Tier, BlockTable] = {}
         self._members: dict[DomainId, _Member] = {}
         self._block_size = 0
-        self._live = _Live({})
+        self._live = _Live({}, {})
 
     # -- writer ---------------------------------------------------------------------------------------------------
 
@@ -82,6 +90,7 @@ class MemoryIndex:
         known = self._members.get(domain.id)
         if known is not None and known.domain.epoch == domain.epoch:
             known.domain = domain
+            self._refresh()
             return
         if known is not None:
             self._drop(domain.id)
@@ -119,11 +128,11 @@ class MemoryIndex:
         if self._current(domain, epoch) is not None:
             self._drop(domain)
 
-    def set_live(self, domain: DomainId, live: bool) -> None:
+    def set_live(self, domain: DomainId, live: bool, *, late: bool = False) -> None:
         """A domain without a lease matches nothing; its blocks are kept in case the lease comes back."""
         member = self._members.get(domain)
-        if member is not None and member.live != live:
-            member.live = live
+        if member is not None and (member.live, member.late) != (live, late):
+            member.live, member.late = live, late
             self._refresh()
 
     # -- reader ---------------------------------------------------------------------------------------------------
@@ -169,6 +178,9 @@ class MemoryIndex:
                 found[i] = found[i] or bool(mask & bits[i])
         return found
 
+    def trust(self, pod: PodId) -> Trust:
+        return self._live.trust_of.get(pod, Trust.STALE)
+
     def pods(self) -> list[PodId]:
         """Live pods."""
         return list(self._live.bit_of)
@@ -205,12 +217,10 @@ class MemoryIndex:
             table.erase(bit)
 
     def _refresh(self) -> None:
+        live = {m.domain.pod: m for m in self._members.values() if m.live and m.domain.pod is not None}
         self._live = _Live(
-            {
-                member.domain.pod: 1 << member.bit
-                for member in self._members.values()
-                if member.live and member.domain.pod is not None
-            }
+            {pod: 1 << member.bit for pod, member in live.items()},
+            {pod: member.trust for pod, member in live.items()},
         )
 
     def _in_order(self, tiers: dict[Tier, BlockTable]) -> dict[Tier, BlockTable]:

@@ -50,10 +50,12 @@ from serve_app.types import (
     Routed,
     Served,
     Tier,
+    Trust,
 )
 
 logger = logging.getLogger(__name__)
 
+STALE_AFTER_S = 2.0  # without an answer of Redis every pod is stale, without news of its heartbeat that pod
 CHECK_PERIOD_S = 1.0  # leases, and whether the log still has what we need
 READ_BLOCK_MS = 200
 READ_COUNT = 1000  # entries per XREAD
@@ -105,6 +107,7 @@ class Mirror:
         self._served: deque[tuple[PodId, Sequence[Served]]] = deque(maxlen=NEWS_MAX)
         self._routed: deque[tuple[str, Routed]] = deque(maxlen=NEWS_MAX)
         self._heartbeats: dict[DomainId, HeartbeatRecord] = {}
+        self._heard_at_s: dict[DomainId, float] = {}  # when the heartbeat was seen to change
         self._fresh_at_s: float | None = None  # monotonic; None: never loaded
         self._lag_s = 0.0
         self._check_at_s = 0.0
@@ -142,6 +145,10 @@ class Mirror:
 
     def pods(self) -> list[PodId]:
         return self._index.pods()
+
+    def trust(self, pod: PodId) -> Trust:
+        """How far a match of this pod can be relied on. An unknown pod is stale."""
+        return Trust.STALE if self.stale_for_s() > STALE_AFTER_S else self._index.trust(pod)
 
     def domains(self) -> list[tuple[Domain, bool, HeartbeatRecord | None]]:
         """Every known domain: its record, whether it is live, its last heartbeat."""
@@ -305,14 +312,19 @@ class Mirror:
         if not domains:
             return
         leases: Any = self._redis.mget([self._keys.lease(domain.id) for domain in domains])
+        now = time.monotonic()
         for domain, lease in zip(domains, leases, strict=True):
             if lease is None:
-                self._lease_lost_at_s.setdefault(domain.id, time.monotonic())
+                self._lease_lost_at_s.setdefault(domain.id, now)
                 index.set_live(domain.id, False)
                 continue
             self._lease_lost_at_s.pop(domain.id, None)
-            heartbeat = self._heartbeats[domain.id] = decode_heartbeat(lease)
-            index.set_live(domain.id, heartbeat.epoch == domain.epoch)
+            heartbeat = decode_heartbeat(lease)
+            if heartbeat != self._heartbeats.get(domain.id):
+                self._heartbeats[domain.id] = heartbeat
+                self._heard_at_s[domain.id] = now
+            late = now - self._heard_at_s[domain.id] > STALE_AFTER_S
+            index.set_live(domain.id, heartbeat.epoch == domain.epoch, late=late)
             if heartbeat.in_flight is not None and domain.pod not in self._loads:
                 self._note_load(domain.id, heartbeat.in_flight)
 
@@ -353,6 +365,7 @@ class Mirror:
 
     def _forget(self, domain: DomainId) -> None:
         self._heartbeats.pop(domain, None)
+        self._heard_at_s.pop(domain, None)
         self._lease_lost_at_s.pop(domain, None)
         self._seq.pop(domain, None)
 

@@ -68,8 +68,15 @@ class RedisWriter:
     # -- IndexWriter, buffered ------------------------------------------------------------------------------------
 
     def join(self, domain: Domain) -> None:
-        """Register a domain under its (new) epoch and drop what an earlier epoch left."""
+        """Register a domain under its (new) epoch and drop what an earlier epoch left; or change its record."""
         self._end_run()
+        known = self._current(domain.id, domain.epoch)
+        if known is not None:
+            known.domain = domain
+            record = DomainRecord.of(domain, tuple(sorted(known.tiers)))
+            self._pipeline.hset(self._keys.domains, domain.id, encode(record))
+            self._log(known, "join", record=record)
+            return
         self._drop_state(domain.id)
         published = self._published[domain.id] = _Published(domain)
         self._pipeline.hset(self._keys.domains, domain.id, encode(DomainRecord.of(domain)))
