@@ -51,7 +51,7 @@ class Scored:
     prompt_tokens: int
     known_tokens: int
     block_size: int
-    complete: bool = True  # False: some prompt's tokens were late, and only its known prefix is scored
+    incomplete: str = ""  # why only the known beginning of some prompt is scored: tokens_late, media
     stage_s: dict[str, float] = field(default_factory=dict)  # seconds by stage: prompt, index, score
 
 
@@ -97,7 +97,7 @@ class Indexer:
             sum(prompt.token_count for prompt in prompts),
             sum(prompt.known_token_count for prompt in prompts),
             spec.block_size,
-            all(prompt.complete for prompt in prompts),
+            next((prompt.incomplete for prompt in prompts if prompt.incomplete), ""),
             {
                 "prompt": encoded_s - start_s,
                 "index": matched_s - encoded_s,

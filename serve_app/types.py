@@ -54,9 +54,13 @@ class EncodedKeys:
     """One prompt of a request, as the index needs it."""
 
     keys: BlockKeys  # of its full blocks; of the known ones, if it is not complete
-    token_count: int  # a guess, if it is not complete
+    token_count: int  # with a guess for what is not known, if it is not complete
     known_token_count: int  # tokens that came from the prefix store, not from the tokenizer
-    complete: bool = True  # False: cold text at its end has not been tokenized in time
+    incomplete: str = ""  # why the keys end before the prompt does: tokens_late, media
+
+    @property
+    def complete(self) -> bool:
+        return not self.incomplete
 
 
 @dataclass(frozen=True, slots=True)

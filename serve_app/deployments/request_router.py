@@ -122,7 +122,7 @@ class KVCacheAwareRouter(MultiplexMixin, RequestRouter):
             return None, "no_body"
         try:
             scored = await asyncio.wait_for(self._indexer.score(body, pods), self._settings.decision_deadline_s)
-            return scored, "" if scored.complete else "tokens_late"
+            return scored, scored.incomplete
         except PromptError as error:
             return None, error.reason
         except IndexUnavailable:

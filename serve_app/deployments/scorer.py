@@ -34,7 +34,9 @@ class ScoreAnswer(BaseModel):
     strategy: Strategy
     prompt_tokens: int
     block_size: int
-    complete: bool = Field(description="False: some text could not be tokenized, and only what is known is scored.")
+    complete: bool = Field(
+        description="False: only the known beginning of the prompt is scored, up to an image or to text that is new."
+    )
     scores: dict[str, float]
     pods: dict[str, PodScore]
 
@@ -87,7 +89,7 @@ class Scorer:
             strategy=extra.strategy or self._indexer.strategy,
             prompt_tokens=scored.prompt_tokens,
             block_size=scored.block_size,
-            complete=scored.complete,
+            complete=not scored.incomplete,
             scores={str(pod): value for pod, value in scored.scores.items()},
             pods={
                 str(pod): PodScore(
