@@ -47,6 +47,7 @@ class EngineSpec:
     chat_template: str | None = None  # Jinja source that overrides the tokenizer's own
     content_format: str = "auto"  # vLLM's --chat-template-content-format: auto | string | openai
     template_kwargs: str = ""  # vLLM's --default-chat-template-kwargs, as JSON
+    served_names: tuple[str, ...] = ()  # vLLM's --served-model-name: names of the base model beside `model`
 
 
 @dataclass(frozen=True, slots=True)

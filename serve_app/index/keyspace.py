@@ -29,6 +29,7 @@ class DomainRecord(msgspec.Struct, array_like=True, frozen=True):
     content_format: str = "auto"
     tiers: tuple[str, ...] = ()  # tiers that may have a blocks set in this epoch
     template_kwargs: str = ""
+    served_names: tuple[str, ...] = ()
 
     @classmethod
     def of(cls, domain: Domain, tiers: tuple[str, ...] = ()) -> DomainRecord:
@@ -44,6 +45,7 @@ class DomainRecord(msgspec.Struct, array_like=True, frozen=True):
             spec.content_format,
             tiers,
             spec.template_kwargs,
+            spec.served_names,
         )
 
     def domain(self, domain_id: DomainId) -> Domain:
@@ -57,6 +59,7 @@ class DomainRecord(msgspec.Struct, array_like=True, frozen=True):
                 self.chat_template,
                 self.content_format,
                 self.template_kwargs,
+                self.served_names,
             ),
             pod=None if self.pod is None else PodId(self.pod),
             address=self.address,

@@ -76,7 +76,7 @@ class PromptEncoder:
         Raises:
             PromptError: the request has no prompt that can be scored.
         """
-        lora, salt = namespace_of(body, self.spec.model)
+        lora, salt = namespace_of(body, self.spec.model, self.spec.served_names)
         root = namespace_key(self.spec.model, self.spec.block_size, lora, salt)
         return [self._prepare(prompt, root) for prompt in parse_request(body)]
 
