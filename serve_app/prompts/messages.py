@@ -65,9 +65,12 @@ def to_conversation(
 
 def count_media(messages: Sequence[Mapping[str, Any]]) -> int:
     """Content parts that are not text."""
-    contents = (m.get("content") for m in messages)
-    parts = (part for content in contents if isinstance(content, list) for part in content)
-    return sum(1 for part in parts if isinstance(part, Mapping) and _is_media(part))
+    count = 0
+    for message in messages:
+        content = message.get("content")
+        if isinstance(content, list):
+            count += sum(1 for part in content if isinstance(part, Mapping) and _is_media(part))
+    return count
 
 
 def developer_to_system(conversation: list[Message]) -> list[Message]:
