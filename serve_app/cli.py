@@ -174,6 +174,8 @@ def tokenize(
             "tokens": encoded.token_ids(),
             "block_keys": [key.hex() for key in split_keys(encoded.block_keys)],
         }
+        if prepared.incomplete:
+            answer["incomplete"] = prepared.incomplete  # the ids end where it begins
         if text:
             answer["prompt"] = "".join(segment.text for segment in prepared.segments)
         print(json.dumps(answer))
