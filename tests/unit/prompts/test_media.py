@@ -6,6 +6,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from tokenizers import Tokenizer
 
 from serve_app.blocks import block_keys, namespace_key, pack_tokens
@@ -13,6 +15,7 @@ from serve_app.errors import PromptError
 from serve_app.prompts.encoder import PromptEncoder
 from serve_app.prompts.media import MEDIA_TOKENS
 from serve_app.prompts.prefix_store import PrefixStore
+from serve_app.prompts.request import ChatPrompt, parse_request
 from serve_app.prompts.service import PromptService
 from serve_app.types import EngineSpec, ModelId
 from tests.unit.prompts.conftest import CHATML, write_model
@@ -85,6 +88,42 @@ def test_ids_are_those_of_the_whole_text(tmp_path: Path) -> None:
     ids = Tokenizer.from_file(str(tmp_path / "tokenizer.json")).encode(whole).ids
     assert encoded.token_ids() == ids[: encoded.token_count]
     assert ids[encoded.token_count] == model._tokenizer._backend.token_to_id(PLACEHOLDER)
+
+
+@pytest.fixture(scope="module", params=[IN_PLACE, IMAGES_FIRST])
+def model(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> PromptEncoder:
+    return encoder(tmp_path_factory.mktemp("model"), request.param)
+
+
+pieces = st.lists(
+    st.sampled_from(
+        [PLACEHOLDER, "<|im_start|>", "<|im_end|>\n", "<|", "|><|", "eot", " ", "\n\n", "don't", "é", "words "]
+    ),
+    max_size=5,
+).map("".join)
+contents = st.lists(pieces | st.just(IMAGE), min_size=1, max_size=4)
+
+
+@settings(max_examples=300, deadline=None)
+@given(conversation=st.lists(contents, min_size=1, max_size=3), numbered=st.booleans())
+def test_never_more_than_is_certain(model: PromptEncoder, conversation: list[list[Any]], numbered: bool) -> None:
+    """Whatever clients type: the ids begin the whole text's, and no placeholder is among them."""
+    request = {
+        "messages": [message for parts in conversation for message in body(*parts)["messages"][1:]],
+        "chat_template_kwargs": {"numbered": numbered},
+    }
+    (prepared,) = model.prepare(request)
+    (prompt,) = parse_request(request)
+    assert isinstance(prompt, ChatPrompt)
+    whole = model._renderer.render(prompt)
+    known_ids = model.finish(prepared, model.tokenize(prepared.missing)).token_ids()
+    ids = model._tokenizer._backend.encode(whole, add_special_tokens=False).ids
+    assert known_ids == ids[: len(known_ids)]
+    if any(part is IMAGE for parts in conversation for part in parts):
+        assert prepared.incomplete == "media"
+        assert model._tokenizer._backend.token_to_id(PLACEHOLDER) not in known_ids
+    else:
+        assert known_ids == ids
 
 
 def test_words_of_the_template_before_the_placeholder(tmp_path: Path) -> None:
