@@ -18,6 +18,7 @@ from serve_app.routing.costs import CostWeights, cost
 from serve_app.routing.in_flight import InFlight
 from serve_app.routing.learning import PrefillRates
 from serve_app.routing.ledger import Entry, Held, Ledger
+from serve_app.routing.turnover import Turnover
 from serve_app.scoring import Strategy, score_all
 from serve_app.types import BlockKeys, Found, PodId, PodLoad, PodMatch, Routed, Served
 
@@ -51,6 +52,7 @@ class Chooser:
         self.in_flight = InFlight()
         self.ledger = Ledger()
         self.rates = PrefillRates()
+        self.turnover = Turnover()
         self._held = held
         self._turns = Turns()
         self._ring = SessionRing()
@@ -133,6 +135,7 @@ class Chooser:
             self.ledger.settle(self._held, now_s)
         size = found.block_size
         totals: dict[PodId, tuple[Cost, int]] = {}
+        turnover = self.turnover.shares(pods, now_s)
         for i, (prompt, matches) in enumerate(zip(found.prompts, found.matches, strict=True)):
             blocks = {pod: match.total_tokens // size for pod in pods if (match := matches.get(pod)) is not None}
             soon = self.ledger.speculative_blocks(prompt.keys, blocks)
@@ -144,6 +147,7 @@ class Chooser:
                     0 if i else self.ledger.queued_tokens(pod),  # what is there already counts once
                     0 if i else loads[pod],
                     self.rates.s_per_token(pod),
+                    turnover[pod],
                     self.weights,
                 )
                 totals[pod] = one if not i else _sum(totals[pod], one)
@@ -157,6 +161,7 @@ class Chooser:
         if found is None or not choice.costs:
             return Sent(pod, ())
         compute = max(found.prompt_tokens - choice.held_tokens.get(pod, 0), 1)
+        self.turnover.add(pod, compute, now_s)
         entries = []
         for prompt in found.prompts:
             entries.append(self.ledger.sent(pod, prompt.keys, compute, now_s))
@@ -181,6 +186,7 @@ class Chooser:
         """Another router has sent a request there."""
         self.in_flight.sent(pod, now_s)
         self.ledger.sent(pod, keys, tokens, now_s)
+        self.turnover.add(pod, tokens, now_s)
 
     def loaded(self, pod: PodId, load: PodLoad) -> None:
         """A pod has said how many requests it has."""
@@ -197,6 +203,7 @@ class Chooser:
         self.in_flight.keep_only(pods)
         self.ledger.keep_only(pods)
         self.rates.keep_only(pods)
+        self.turnover.keep_only(pods)
 
 
 def _sum(one: tuple[Cost, int], other: tuple[Cost, int]) -> tuple[Cost, int]:

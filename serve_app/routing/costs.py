@@ -6,12 +6,13 @@ compute   200 * 0.1 ms                20 ms
 load      200 * 0.08 * 0.1 ms        1.6 ms
 queue     500 * 0.1 ms                50 ms
 decode    3 * 256 * 0.1 ms          76.8 ms
-displace  200 * 1.0 * 0.1 ms          20 ms      not part of the time to first token
+displace  200 * 1.0 * 0.1 ms          20 ms      not part of the time to first token; where turnover is 1
 
 Weights are in tokens of prefill, so that they fit a slow fleet as well as a fast one. `displace` is what makes the
 choice unselfish. Computing what another pod holds is not only this request's time: it holds up what decodes there, and
-it pushes as many tokens out of a full cache, to be computed again. Without that term hits are given up for every short
-queue, caches fill with copies, and under load the hit rate falls (docs/benchmarks.md).
+it pushes as many tokens out of a full cache, to be computed again where they were still wanted (turnover.py). Without
+that term hits are given up for every short queue, caches fill with copies, and under load the hit rate falls
+(docs/benchmarks.md).
 """
 
 from __future__ import annotations
@@ -43,6 +44,7 @@ def cost(
     queued_tokens: float,
     in_flight: int,
     s_per_token: float,
+    turnover: float,
     weights: CostWeights,
 ) -> tuple[Cost, int]:
     """The cost at one pod, and how many tokens it would have to compute.
@@ -53,6 +55,7 @@ def cost(
         queued_tokens: prefill that it has not done yet.
         in_flight: requests that it has.
         s_per_token: its time of prefill.
+        turnover: how much was computed there lately, beside the pod where it was most: 0 to 1.
     """
     held, load = 0, 0.0
     for tier, tokens in match.tokens.items():
@@ -64,6 +67,6 @@ def cost(
         load * s_per_token,
         queued_tokens * s_per_token,
         in_flight * weights.in_flight_tokens * s_per_token,
-        compute * weights.displace * s_per_token,
+        compute * weights.displace * turnover * s_per_token,
     )
     return terms, compute
