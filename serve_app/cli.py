@@ -105,6 +105,9 @@ def publish(
     replay: Annotated[str | None, typer.Option(help="The engine's replay socket; without it gaps are lost.")] = None,
     tokenizer: Annotated[str, typer.Option(help="Tokenizer path or Hugging Face id, if not the model's id.")] = "",
     chat_template: Annotated[Path | None, typer.Option(help="Jinja file, if the engine was given one.")] = None,
+    served_name: Annotated[
+        list[str] | None, typer.Option(help="Another name of the base model (vLLM's --served-model-name). Repeatable.")
+    ] = None,
     block_size: Annotated[int, typer.Option(help="Engine's block size; 0 takes it from its first event.")] = 0,
     topic: Annotated[str, typer.Option(help="Topic prefix to subscribe to.")] = "",
     address: Annotated[str, typer.Option(help="Where the engine is, for people.")] = "",
@@ -126,6 +129,7 @@ def publish(
         block_size=block_size,
         tokenizer=tokenizer,
         chat_template=chat_template.read_text() if chat_template else None,
+        served_names=tuple(served_name or ()),
         address=address,
     )
     Publisher(config).run(stop)
@@ -171,6 +175,8 @@ def tokenize(
             "tokens": encoded.token_ids(),
             "block_keys": [key.hex() for key in split_keys(encoded.block_keys)],
         }
+        if prepared.incomplete:
+            answer["incomplete"] = prepared.incomplete  # the ids end where it begins
         if text:
             answer["prompt"] = "".join(segment.text for segment in prepared.segments)
         print(json.dumps(answer))

@@ -56,6 +56,7 @@ class EngineSpec:
     chat_template: str | None = None  # Jinja source that overrides the tokenizer's own
     content_format: str = "auto"  # vLLM's --chat-template-content-format: auto | string | openai
     template_kwargs: str = ""  # vLLM's --default-chat-template-kwargs, as JSON
+    served_names: tuple[str, ...] = ()  # vLLM's --served-model-name: names of the base model beside `model`
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,9 +64,13 @@ class EncodedKeys:
     """One prompt of a request, as the index needs it."""
 
     keys: BlockKeys  # of its full blocks; of the known ones, if it is not complete
-    token_count: int  # a guess, if it is not complete
+    token_count: int  # with a guess for what is not known, if it is not complete
     known_token_count: int  # tokens that came from the prefix store, not from the tokenizer
-    complete: bool = True  # False: cold text at its end has not been tokenized in time
+    incomplete: str = ""  # why the keys end before the prompt does: tokens_late, media
+
+    @property
+    def complete(self) -> bool:
+        return not self.incomplete
 
 
 @dataclass(frozen=True, slots=True)
@@ -115,9 +120,13 @@ class Found:
         return sum(prompt.known_token_count for prompt in self.prompts)
 
     @property
+    def incomplete(self) -> str:
+        """Why only the known beginning of some prompt was looked up: tokens_late, media."""
+        return next((prompt.incomplete for prompt in self.prompts if prompt.incomplete), "")
+
+    @property
     def complete(self) -> bool:
-        """False: some prompt's tokens were late, and only its known prefix was looked up."""
-        return all(prompt.complete for prompt in self.prompts)
+        return not self.incomplete
 
     def matched_tokens(self, pod: PodId) -> dict[Tier, int]:
         """Tokens by tier, summed over the prompts."""

@@ -41,7 +41,9 @@ class ScoreAnswer(BaseModel):
     strategy: Strategy
     prompt_tokens: int
     block_size: int
-    complete: bool = Field(description="False: some text could not be tokenized, and only what is known is scored.")
+    complete: bool = Field(
+        description="False: only the known beginning of the prompt is scored, up to an image or to text that is new."
+    )
     scores: dict[str, float] = Field(
         description="The best is the largest. With `expected_ttft` it is minus the expected cost in seconds."
     )

@@ -83,6 +83,7 @@ class VLLMReplica(LLMServer):
             chat_template=load_chat_template(frontend.get("chat_template")),
             content_format=frontend.get("chat_template_content_format", "auto"),
             template_kwargs=json.dumps(kwargs) if (kwargs := frontend.get("default_chat_template_kwargs")) else "",
+            served_names=(self._llm_config.model_id,),  # all that Ray Serve LLM allows; `base:adapter` is a LoRA's
             address=ray.util.get_node_ip_address(),  # type: ignore[no-untyped-call]
         )
 

@@ -52,6 +52,7 @@ class PublisherConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     chat_template: str | None = None
     content_format: str = "auto"
     template_kwargs: str = ""  # JSON
+    served_names: tuple[str, ...] = ()  # more names of the base model; any other name is a LoRA adapter's
     address: str = ""
     lease_ttl_s: float = LEASE_TTL_S
 
@@ -189,6 +190,7 @@ class Publisher:
             config.chat_template,
             config.content_format,
             config.template_kwargs,
+            config.served_names,
         )
         domain = Domain(DomainId(config.pod), Epoch(self._last_epoch), spec, PodId(config.pod), config.address)
         self._writer.join(domain)

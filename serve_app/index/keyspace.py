@@ -33,6 +33,7 @@ class DomainRecord(msgspec.Struct, array_like=True, frozen=True):
     tiers: tuple[str, ...] = ()  # tiers that may have a blocks set in this epoch
     template_kwargs: str = ""
     degraded: bool = False
+    served_names: tuple[str, ...] = ()
 
     @classmethod
     def of(cls, domain: Domain, tiers: tuple[str, ...] = ()) -> DomainRecord:
@@ -49,6 +50,7 @@ class DomainRecord(msgspec.Struct, array_like=True, frozen=True):
             tiers,
             spec.template_kwargs,
             domain.degraded,
+            spec.served_names,
         )
 
     def domain(self, domain_id: DomainId) -> Domain:
@@ -62,6 +64,7 @@ class DomainRecord(msgspec.Struct, array_like=True, frozen=True):
                 self.chat_template,
                 self.content_format,
                 self.template_kwargs,
+                self.served_names,
             ),
             pod=None if self.pod is None else PodId(self.pod),
             address=self.address,
