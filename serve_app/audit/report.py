@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict
 from typing import Any
 
+from rich import box
 from rich.console import Console
 from rich.table import Table
 
@@ -25,14 +26,15 @@ Key = Callable[[Compared], str]
 
 def _gap(compared: Compared) -> str:
     edge = next((edge for edge in _GAPS_S if compared.since_answer_s < edge), None)
-    return f"{_GAPS_S[-1] * 1000:.0f} ms or more" if edge is None else f"less than {edge * 1000:.0f} ms"
+    return f"{_GAPS_S[-1] * 1000:.0f} ms or more" if edge is None else f"under {edge * 1000:.0f} ms"
 
 
-GROUPS: dict[str, Key] = {
-    "predicted from": lambda compared: compared.tiers,
-    "replica": lambda compared: compared.replica,
-    "after the last answer": _gap,
-    "kind": lambda compared: compared.kind,
+# By what the requests are told apart: name in the JSON -> words in the table, and the group of one request.
+GROUPS: dict[str, tuple[str, Key]] = {
+    "tiers": ("predicted from", lambda compared: compared.tiers),
+    "replica": ("answered by", lambda compared: compared.replica),
+    "since_last_answer": ("after the last answer", _gap),
+    "kind": ("kind of request", lambda compared: compared.kind),
 }
 
 
@@ -62,7 +64,7 @@ def result(compared: Sequence[Compared], skipped: Sequence[Skipped]) -> dict[str
         "traffic": _traffic(compared),
         "groups": {
             name: {group: summarize(members) for group, members in _grouped(compared, key).items()}
-            for name, key in GROUPS.items()
+            for name, (_, key) in GROUPS.items()
         },
         "misses": [{"number": one.number, "reason": explain(one)} for one in compared if is_miss(one)],
         "compared": [asdict(one) for one in compared],
@@ -102,27 +104,34 @@ def print_result(summary: dict[str, Any], console: Console) -> None:
 
 
 def _print_distribution(summary: dict[str, Any], console: Console) -> None:
-    table = Table(
-        "", "requests", "exact", "within 1 block", "over", "under", "p1", "p50", "p99", "worst", title="error"
-    )
-    table.add_row("[bold]all[/bold]", *_cells(summary))
-    for name, groups in summary["groups"].items():
+    columns = ("n", "exact", "within 1", "over", "under", "p1", "p50", "p99", "worst")
+    table = Table("error in blocks", *columns, box=box.SIMPLE_HEAD, collapse_padding=True, pad_edge=False)
+    table.columns[0].no_wrap = True
+    for column in table.columns[1:]:
+        column.justify = "right"
+    table.add_row("[bold]all requests[/bold]", *_cells(summary))
+    for name, (words, _) in GROUPS.items():
         table.add_section()
-        for group in sorted(groups):
-            table.add_row(f"{name}: {group}", *_cells(groups[group]))
+        table.add_row(f"[dim]{words}[/dim]")
+        for group in sorted(summary["groups"][name]):
+            table.add_row(f"  {group}", *_cells(summary["groups"][name][group]))
     console.print(table)
 
 
 def _cells(summary: dict[str, Any]) -> Iterable[str]:
     errors = summary["error_blocks"]
     yield str(summary["requests"])
-    yield f"{summary['exact']:.1%}"
-    yield f"{summary['within_one_block']:.1%}"
+    yield _percent(summary["exact"])
+    yield _percent(summary["within_one_block"])
     yield str(summary["over_predicted"])
     yield str(summary["under_predicted"])
     for quantile in ("p1", "p50", "p99"):
         yield f"{errors[quantile]:+d}"
     yield f"{max(errors['p0'], errors['p100'], key=abs):+d}"
+
+
+def _percent(share: float) -> str:
+    return f"{share:.0%}" if share in {0, 1} else f"{share:.1%}"
 
 
 def _traffic(compared: Sequence[Compared]) -> dict[str, int]:
