@@ -155,8 +155,8 @@ class Gateway:
             score.prompt_tokens,
             max(sum(_predicted(body, score, pod).values()) for pod in score.pods),
             earlier,
-            since_answer_s,
-            self._answered_at_s - started_s,
+            round(since_answer_s, 4),
+            round(self._answered_at_s - started_s, 4),
         )
         return compared, answer.text()
 
@@ -167,7 +167,7 @@ class Gateway:
             ConfigError: there is no Score API.
         """
         try:
-            raw = self._http.post(self._score_url, json=body)
+            raw = self._http.put(self._score_url, json=body)  # not POST: see deployments/scorer.py
         except httpx.HTTPError as error:
             raise ConfigError(f"{self._score_url} does not answer ({error})") from error
         if raw.is_success:
