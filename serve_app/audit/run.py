@@ -105,7 +105,7 @@ def audit(gateway: Gateway, source: Source, total: int | None = None) -> dict[st
 
 
 def with_kv_blocks(config: Mapping[str, Any], blocks: int) -> dict[str, Any]:
-    """A Serve config whose engines have so few KV blocks that they evict.
+    """A Serve config whose engines have so few KV blocks that they evict, and a context that still fits into these.
 
     Raises:
         ConfigError: no application of it is ours, with engines.
@@ -115,7 +115,11 @@ def with_kv_blocks(config: Mapping[str, Any], blocks: int) -> dict[str, Any]:
     if not engines:
         raise ConfigError("the config has no application of serve_app.app:build_llm to give fewer KV blocks to")
     for llm in engines:
-        llm.setdefault("engine_kwargs", {})["num_gpu_blocks_override"] = blocks
+        engine = llm.setdefault("engine_kwargs", {})
+        engine["num_gpu_blocks_override"] = blocks
+        if "max_model_len" in engine and "block_size" in engine:
+            # vLLM keeps one block for itself, and does not start if the longest prompt does not fit.
+            engine["max_model_len"] = min(engine["max_model_len"], (blocks - 1) * engine["block_size"])
     return pressed
 
 

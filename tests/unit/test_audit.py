@@ -129,9 +129,10 @@ def test_nothing_compared_is_not_a_success() -> None:
 
 def test_pressure_is_put_into_every_engine_of_the_config_and_nothing_else() -> None:
     config = load_config(QUICKSTART)
-    pressed = with_kv_blocks(config, 288)
-    assert pressed != config
-    assert pressed["applications"][1]["args"]["llm"]["engine_kwargs"].pop("num_gpu_blocks_override") == 288
-    assert pressed == config
+    roomy, tight = (with_kv_blocks(config, blocks)["applications"][1]["args"]["llm"] for blocks in (288, 128))
+    engine = config["applications"][1]["args"]["llm"]["engine_kwargs"]
+    assert roomy["engine_kwargs"] == engine | {"num_gpu_blocks_override": 288}
+    assert tight["engine_kwargs"] == engine | {"num_gpu_blocks_override": 128, "max_model_len": 127 * 32}
+    assert "num_gpu_blocks_override" not in engine
     with pytest.raises(ConfigError):
         with_kv_blocks({"applications": [{"import_path": "ray.serve.llm:build_openai_app"}]}, 288)
