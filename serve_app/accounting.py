@@ -32,12 +32,17 @@ def usable_tokens(held: Mapping[Tier, int], prompt_tokens: int, block_size: int)
         prompt_tokens: length of the whole prompt.
         block_size: tokens per block of the engine.
     """
-    left = max(prompt_tokens - 1, 0) // block_size * block_size
+    left = most_usable_tokens(prompt_tokens, block_size)
     usable: dict[Tier, int] = {}
     for tier, count in held.items():
         usable[tier] = min(count, left)
         left -= usable[tier]
     return usable
+
+
+def most_usable_tokens(prompt_tokens: int, block_size: int) -> int:
+    """What it takes of a prompt that it holds whole."""
+    return max(prompt_tokens - 1, 0) // block_size * block_size
 
 
 def error_blocks(predicted_tokens: int, actual_tokens: int, block_size: int) -> int:

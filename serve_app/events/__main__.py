@@ -1,6 +1,6 @@
 """`python -m serve_app.events`: the publisher as a child of an engine's process.
 
-The first line of stdin is the PublisherConfig as JSON, every other line the engine's number of requests. The end of
+The first line of stdin is the PublisherConfig as JSON, every other line a Feed: the engine's requests. The end of
 stdin means that the parent is gone, however it went: then the domain leaves Redis and the process ends.
 """
 

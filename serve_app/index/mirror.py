@@ -15,9 +15,9 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 import redis
 
@@ -44,6 +44,8 @@ from serve_app.types import (
     PodId,
     PodLoad,
     PodMatch,
+    Routed,
+    Served,
     Tier,
 )
 
@@ -55,6 +57,9 @@ READ_COUNT = 1000  # entries per XREAD
 SCAN_COUNT = 10_000  # keys per SSCAN
 BURY_AFTER_S = 60.0  # a domain without a lease for so long is dropped from Redis
 RETRY_S = 0.5
+NEWS_MAX = 10_000  # what nobody asks for is dropped, oldest first
+
+_Item = TypeVar("_Item")
 
 
 class _LogGapError(Exception):
@@ -92,6 +97,8 @@ class Mirror:
         self._seq: dict[DomainId, int] = {}
         self._lease_lost_at_s: dict[DomainId, float] = {}
         self._loads: dict[PodId, PodLoad] = {}
+        self._served: deque[tuple[PodId, Sequence[Served]]] = deque(maxlen=NEWS_MAX)
+        self._routed: deque[tuple[str, Routed]] = deque(maxlen=NEWS_MAX)
         self._heartbeats: dict[DomainId, HeartbeatRecord] = {}
         self._fresh_at_s: float | None = None  # monotonic; None: never loaded
         self._lag_s = 0.0
@@ -124,6 +131,10 @@ class Mirror:
     ) -> Mapping[PodId, PodMatch]:
         return self._index.match(keys, pods, count_hits=count_hits)
 
+    def held(self, pods: Sequence[PodId], keys: BlockKeys) -> list[bool]:
+        """Whether each pod holds the block beside it."""
+        return self._index.held(pods, keys)
+
     def pods(self) -> list[PodId]:
         return self._index.pods()
 
@@ -141,6 +152,14 @@ class Mirror:
 
     def load(self, pod: PodId) -> PodLoad | None:
         return self._loads.get(pod)
+
+    def served(self) -> list[tuple[PodId, Sequence[Served]]]:
+        """Requests that have ended, by pod, since this was asked last. For one reader."""
+        return _drain(self._served)
+
+    def routed(self) -> list[tuple[str, Routed]]:
+        """What routers have sent where, each with the router's id, since this was asked last. For one reader."""
+        return _drain(self._routed)
 
     def block_counts(self) -> Mapping[Tier, int]:
         return self._index.block_counts()
@@ -250,6 +269,11 @@ class Mirror:
                 self._forget(domain)
             case "load":
                 self._note_load(domain, record.in_flight)
+                if record.served:
+                    self._served.append((PodId(record.domain), record.served))
+            case "route":
+                route = Routed(PodId(record.domain), record.keys, record.tokens, time.monotonic())
+                self._routed.append((record.router, route))
             case _:
                 self.counters["unknown_op"] += 1
 
@@ -331,6 +355,11 @@ class Mirror:
         self._heartbeats.pop(domain, None)
         self._lease_lost_at_s.pop(domain, None)
         self._seq.pop(domain, None)
+
+
+def _drain(queue: deque[_Item]) -> list[_Item]:
+    """All items; the thread may append meanwhile."""
+    return [queue.popleft() for _ in range(len(queue))]
 
 
 def _entries(answer: Any) -> list[tuple[bytes, dict[bytes, bytes]]]:

@@ -6,6 +6,7 @@ is not known what arrived: the caller joins again under a new epoch, and everyth
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -23,7 +24,7 @@ from serve_app.index.keyspace import (
     decode_domain,
     encode,
 )
-from serve_app.types import BlockKeys, Domain, DomainId, Epoch, ModelId, Tier
+from serve_app.types import BlockKeys, Domain, DomainId, Epoch, ModelId, Served, Tier
 
 LEASE_TTL_S = 3.0  # a dead domain is out of every mirror within this and one check of the mirror
 STATE_TTL_S = 600  # block sets that nobody renews go away by themselves
@@ -131,10 +132,10 @@ class RedisWriter:
             raise StoreError(str(error)) from error
         return stored is not None and decode_domain(stored).epoch == published.domain.epoch
 
-    def report_load(self, domain: DomainId, epoch: Epoch, in_flight: int) -> None:
-        """Tell the routers at once how many requests the engine has (buffered, as the changes are)."""
+    def report_load(self, domain: DomainId, epoch: Epoch, in_flight: int, served: Sequence[Served] = ()) -> None:
+        """Tell the routers how many requests the engine has, and of those that ended (buffered, as the changes are)."""
         if self._current(domain, epoch) is not None:
-            self._append(LogRecord("load", domain, epoch, in_flight=in_flight))
+            self._append(LogRecord("load", domain, epoch, in_flight=in_flight, served=tuple(served)))
 
     def close(self) -> None:
         self._redis.close()

@@ -14,10 +14,10 @@ import redis
 from vllm.distributed.kv_events import AllBlocksCleared, BlockRemoved, BlockStored, KVEventBatch, ZmqEventPublisher
 
 from serve_app.blocks import block_keys, namespace_key, pack_tokens
-from serve_app.events.publisher import PublisherConfig
+from serve_app.events.publisher import Feed, PublisherConfig
 from serve_app.events.source import EventSource
 from serve_app.index.mirror import Mirror
-from serve_app.types import BlockKeys, ModelId, PodId
+from serve_app.types import BlockKeys, ModelId, PodId, Served
 from tests.helpers import eventually
 
 MODEL = ModelId("test-model")
@@ -173,9 +173,13 @@ def test_a_publisher_that_starts_late_publishes_what_was_before(engine: Engine, 
 
 
 def test_load_reports_reach_the_mirror(publisher: PublisherProcess, mirror: Mirror) -> None:
-    publisher.tell(b"3")
+    served = Served("cmpl-x-0", 900, 320, 0.01, 0.25)
+    publisher.tell(msgspec.json.encode(Feed(3)))
     eventually(lambda: (load := mirror.load(POD)) is not None and load.in_flight == 3)
-    publisher.tell(b"4\n0")
+    publisher.tell(msgspec.json.encode(Feed(4)) + b"\n" + msgspec.json.encode(Feed(0, [served])))
+    got: list[object] = []
+    eventually(lambda: got.extend(mirror.served()) or got)  # type: ignore[func-returns-value]
+    assert got == [(POD, (served,))]
     eventually(lambda: (load := mirror.load(POD)) is not None and load.in_flight == 0)
 
 
