@@ -197,6 +197,38 @@ def demo(
     run_demo(Workload(documents, turns, document_tokens), config, output)
 
 
+@app.command()
+def audit(
+    url: Annotated[str, typer.Option(help="Gateway; default: the one that `kvcache up` started.")] = "",
+    score_url: Annotated[str, typer.Option(help="Score endpoint; default: the gateway's /kvcache/v1/score.")] = "",
+    config: Annotated[
+        Path | None, typer.Option("--config", "-c", help="Start this Serve YAML for the audit, and stop it after.")
+    ] = None,
+    kv_blocks: Annotated[
+        int, typer.Option(min=1, help="With --config: KV blocks of each engine, so few that it evicts.")
+    ] = 288,
+    port: PortOption = None,
+    requests: Annotated[
+        Path | None, typer.Option(help="JSONL of OpenAI requests to send, in order, instead of generated ones.")
+    ] = None,
+    count: Annotated[int, typer.Option(min=1, help="Generated requests.")] = 200,
+    conversations: Annotated[int, typer.Option(min=1, help="Generated conversations at a time.")] = 24,
+    tokens: Annotated[int, typer.Option(min=64, help="About this many tokens at a conversation's beginning.")] = 900,
+    seed: Annotated[int, typer.Option(help="Of the generated requests; another one makes new prompts.")] = 0,
+    require: Annotated[float, typer.Option(min=0, max=1, help="Share that must be right within one block.")] = 0.99,
+    output: Annotated[Path, typer.Option(help="Where to write the result.")] = Path("audit.json"),
+) -> None:
+    """Compare the predicted cached tokens with the engines' own. Exit status 1: too many are wrong."""
+    from serve_app.audit.run import Settings, run_audit
+    from serve_app.audit.traffic import Plan
+
+    plan = Plan(count=count, conversations=conversations, tokens=tokens, seed=seed)
+    loaded = load_config(config, port or local_stack.free_port()) if config else None
+    settings = Settings(url, score_url, loaded, str(config or ""), kv_blocks, requests, plan, require, output)
+    if not run_audit(settings):
+        raise typer.Exit(1)
+
+
 def load_config(path: Path, port: int | None = None) -> dict[str, Any]:
     """A Serve YAML, with the port put in.
 

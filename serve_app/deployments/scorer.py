@@ -1,6 +1,8 @@
 """Ingress of the graph: the Score API over HTTP.
 
 POST /kvcache/v1/score     an OpenAI request body, plus optional `pods` and `strategy`  ->  ScoreAnswer
+PUT  /kvcache/v1/score     the same. With direct streaming, Ray's HAProxy has the LLM router decide on every POST,
+                           whatever its path: as a PUT, a question to the Score API is not taken for a request.
 GET  /kvcache/v1/pods      what the index knows of every pod
 GET  /kvcache/v1/receipts  the routers' last decisions, each with what came of it
 GET  /kvcache/health
@@ -79,6 +81,7 @@ class Scorer:
         self._indexer = Indexer(RemotePrompts(lambda: prefix_store), RemoteIndex(lambda: block_index), args.strategy)
 
     @app.post("/v1/score", response_model=ScoreAnswer)
+    @app.put("/v1/score", response_model=ScoreAnswer)
     async def score(self, request: Request) -> ScoreAnswer | JSONResponse:
         """Score the pods for the prompt in an OpenAI request body."""
         try:

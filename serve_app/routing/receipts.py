@@ -14,6 +14,7 @@ from collections.abc import Mapping
 
 import msgspec
 
+from serve_app.accounting import most_usable_tokens
 from serve_app.routing.choice import Choice
 from serve_app.types import Found, PodId, Served
 
@@ -83,8 +84,7 @@ def predicted_tokens(found: Found, pod: PodId, choice: Choice) -> int:
     held = max(sum(found.matched_tokens(pod).values()), choice.held_tokens.get(pod, 0))
     if len(found.prompts) != 1:
         return held
-    most = max(found.prompt_tokens - 1, 0) // found.block_size * found.block_size
-    return min(held, most)
+    return min(held, most_usable_tokens(found.prompt_tokens, found.block_size))
 
 
 class Receipts:
