@@ -51,7 +51,11 @@ def score(
     strategy: Strategy = Strategy.LONGEST_PREFIX,
     tier_weights: Mapping[Tier, float] = TIER_WEIGHTS,
 ) -> float:
-    """Score of one pod for a prompt of `prompt_tokens` tokens."""
+    """Score of one pod for a prompt of `prompt_tokens` tokens; what is not trusted counts less."""
+    return TRUST_WEIGHTS[match.trust] * _score(match, prompt_tokens, strategy, tier_weights)
+
+
+def _score(match: PodMatch, prompt_tokens: int, strategy: Strategy, tier_weights: Mapping[Tier, float]) -> float:
     match strategy:
         case Strategy.LONGEST_PREFIX | Strategy.EXPECTED_TTFT:
             total = 0.0

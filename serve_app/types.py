@@ -96,6 +96,7 @@ class PodMatch:
 
     tokens: Mapping[Tier, int] = field(default_factory=dict)
     hit_blocks: int = 0
+    trust: Trust = Trust.EXACT
 
     @property
     def total_tokens(self) -> int:
@@ -135,6 +136,10 @@ class Found:
             for tier, count in match.get(pod, _NOTHING).tokens.items():
                 total[tier] = total.get(tier, 0) + count
         return total
+
+    def trust(self, pod: PodId) -> Trust:
+        """How far the pod's matches can be relied on."""
+        return self.matches[0].get(pod, _NOTHING).trust if self.matches else Trust.EXACT
 
 
 _NOTHING = PodMatch()

@@ -87,7 +87,7 @@ class RouterMetrics:
     def served(self, complete: Receipt) -> None:
         """What the engine took from its cache, beside what was expected."""
         actual = complete.actual
-        if actual is None or not complete.prompt_tokens:
+        if actual is None or not complete.prompt_tokens or complete.incomplete:
             return
         with self._lock:
             self._cached["predicted", complete.chosen] += complete.predicted_cached_tokens

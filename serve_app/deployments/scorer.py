@@ -25,7 +25,7 @@ from serve_app.index.router_log import RECEIPTS_MAX
 from serve_app.indexer import Indexer
 from serve_app.routing.choice import Cost
 from serve_app.scoring import Strategy, score_all
-from serve_app.types import PodId
+from serve_app.types import PodId, Trust
 
 app = FastAPI(title="KVCache Manager")
 
@@ -33,6 +33,7 @@ app = FastAPI(title="KVCache Manager")
 class PodScore(BaseModel):
     score: float
     matched_tokens: dict[str, int] = Field(description="Contiguous prefix by tier, fastest tier first.")
+    trust: Trust = Field(description="exact; degraded: some events were lost; stale: news are overdue.")
     cost_s: dict[str, float] | None = Field(
         None, description="With `expected_ttft`: the terms of the cost, in seconds (serve_app/routing/choice.py)."
     )
@@ -114,6 +115,7 @@ class Scorer:
                 str(pod): PodScore(
                     score=value,
                     matched_tokens={str(tier): n for tier, n in found.matched_tokens(pod).items()},
+                    trust=found.trust(pod),
                     cost_s=costs[pod]._asdict() if pod in costs else None,
                 )
                 for pod, value in scores.items()

@@ -57,11 +57,12 @@ class _Group(NamedTuple):
 class _Live:
     """The pods that are there now, as a reader needs them."""
 
-    __slots__ = ("bit_of", "mask", "no_match", "pod_of", "trust_of")
+    __slots__ = ("bit_of", "distrusted", "mask", "no_match", "pod_of", "trust_of")
 
     def __init__(self, bit_of: dict[PodId, int], trust_of: dict[PodId, Trust]) -> None:
         self.bit_of = bit_of  # as masks of one bit
         self.trust_of = trust_of
+        self.distrusted = {pod: trust for pod, trust in trust_of.items() if trust is not Trust.EXACT}
         self.pod_of = {bit: pod for pod, bit in bit_of.items()}
         self.mask = sum(bit_of.values())
         self.no_match = dict.fromkeys(bit_of, _NO_MATCH)
@@ -177,6 +178,11 @@ class MemoryIndex:
                 mask = sum(word << j * _WORD_BITS for j, word in enumerate(words))
                 found[i] = found[i] or bool(mask & bits[i])
         return found
+
+    @property
+    def distrusted(self) -> Mapping[PodId, Trust]:
+        """Live pods whose matches are not exact."""
+        return self._live.distrusted
 
     def trust(self, pod: PodId) -> Trust:
         return self._live.trust_of.get(pod, Trust.STALE)

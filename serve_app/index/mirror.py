@@ -17,6 +17,7 @@ import threading
 import time
 from collections import Counter, deque
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any, TypeVar
 
 import redis
@@ -137,7 +138,13 @@ class Mirror:
     def match(
         self, keys: BlockKeys, pods: Iterable[PodId] | None = None, *, count_hits: bool = False
     ) -> Mapping[PodId, PodMatch]:
-        return self._index.match(keys, pods, count_hits=count_hits)
+        """See IndexReader; each match says how far it can be relied on."""
+        index = self._index
+        found = index.match(keys, pods, count_hits=count_hits)
+        distrusted = dict.fromkeys(found, Trust.STALE) if self.stale_for_s() > STALE_AFTER_S else index.distrusted
+        for pod in distrusted.keys() & found.keys():
+            found[pod] = replace(found[pod], trust=distrusted[pod])
+        return found
 
     def held(self, pods: Sequence[PodId], keys: BlockKeys) -> list[bool]:
         """Whether each pod holds the block beside it."""

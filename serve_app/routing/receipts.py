@@ -26,6 +26,7 @@ class Terms(msgspec.Struct, frozen=True, omit_defaults=True):
 
     matched_tokens: dict[str, int]  # contiguous prefix by tier, fastest first
     expected_tokens: int = 0  # that it would have in its cache when the request's turn comes
+    trust: str = "exact"
     cost_s: dict[str, float] = {}  # terms of routing.choice.Cost; empty: the decision did not rest on costs
 
 
@@ -50,6 +51,7 @@ class Receipt(msgspec.Struct, frozen=True, omit_defaults=True):
     decision_s: float
     prompt_tokens: int = 0  # 0: not known
     predicted_cached_tokens: int = 0
+    incomplete: str = ""  # why some of the prompt is not known (late, media): the prediction is of a part then
     replicas: dict[str, Terms] = {}
     refused_by: str = ""  # the first choice, if it did not take the request
     actual: Actual | None = None  # None: not known yet, or never told
@@ -66,10 +68,12 @@ def receipt(
         *head,
         prompt_tokens=found.prompt_tokens,
         predicted_cached_tokens=predicted_tokens(found, pod, choice),
+        incomplete=found.incomplete,
         replicas={
             str(candidate): Terms(
                 {str(tier): tokens for tier, tokens in found.matched_tokens(candidate).items()},
                 choice.held_tokens.get(candidate, 0),
+                str(found.trust(candidate)),
                 {name: round(term, 6) for name, term in cost._asdict().items()}
                 if (cost := choice.costs.get(candidate)) is not None
                 else {},
