@@ -29,6 +29,8 @@ class DomainRecord(msgspec.Struct, array_like=True, frozen=True):
     content_format: str = "auto"
     tiers: tuple[str, ...] = ()  # tiers that may have a blocks set in this epoch
     template_kwargs: str = ""
+    attached: tuple[str, ...] = ()
+    chunk_size: int = 0
 
     @classmethod
     def of(cls, domain: Domain, tiers: tuple[str, ...] = ()) -> DomainRecord:
@@ -44,6 +46,8 @@ class DomainRecord(msgspec.Struct, array_like=True, frozen=True):
             spec.content_format,
             tiers,
             spec.template_kwargs,
+            domain.attached,
+            domain.chunk_size,
         )
 
     def domain(self, domain_id: DomainId) -> Domain:
@@ -60,6 +64,8 @@ class DomainRecord(msgspec.Struct, array_like=True, frozen=True):
             ),
             pod=None if self.pod is None else PodId(self.pod),
             address=self.address,
+            attached=tuple(DomainId(domain) for domain in self.attached),
+            chunk_size=self.chunk_size,
         )
 
 
