@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from enum import StrEnum
 from types import MappingProxyType
 
-from serve_app.types import CPU, GPU, PodMatch, Tier
+from serve_app.types import CPU, GPU, LMCACHE, PodMatch, Tier
 
 
 class Strategy(StrEnum):
@@ -26,7 +26,7 @@ class Strategy(StrEnum):
         return self is Strategy.HIGHEST_BLOCK_HIT
 
 
-TIER_WEIGHTS: Mapping[Tier, float] = MappingProxyType({GPU: 1.0, CPU: 0.8, Tier("storage"): 0.5})
+TIER_WEIGHTS: Mapping[Tier, float] = MappingProxyType({GPU: 1.0, CPU: 0.8, LMCACHE: 0.75, Tier("storage"): 0.5})
 UNKNOWN_TIER_WEIGHT = 0.5
 
 

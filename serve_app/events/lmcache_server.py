@@ -56,7 +56,7 @@ class LMCacheProcess:
         ]
         self._log = log
         self.process: subprocess.Popen[bytes]
-        for _ in range(_ATTEMPTS):
+        for _ in range(1 if port else _ATTEMPTS):
             self.port = port or _free_port()
             if self._start():
                 return
