@@ -20,7 +20,7 @@ from serve_app.events.lmcache_source import chunk_size_of
 START_TIMEOUT_S = 120.0
 STOP_TIMEOUT_S = 5.0
 _ATTEMPTS = 5  # a free port may be taken between our look and the server's
-_PORTS = (30_000, 32_000)  # below those that the kernel gives to outgoing connections, above local_stack's
+_PORTS = (20_000, 29_999)  # above those of Ray's workers, below those of the replicas and of the kernel
 _POLL_S = 0.2
 
 

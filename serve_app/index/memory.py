@@ -200,20 +200,26 @@ class MemoryIndex:
             for load in loads
             for bit in _each_bit(load.mask & live.shared)
         }
-        of = {bit: bit | live.attached[bit] for group in groups for bit in _each_bit(group.mask & ~live.shared)}
-        hits = _hit_counts(self._tiers.values(), keys, of) if count_hits else None
+        hits = None
+        if count_hits:
+            of = {bit: bit | live.attached[bit] for group in groups for bit in _each_bit(group.mask & ~live.shared)}
+            hits = _hit_counts(self._tiers.values(), keys, of)
+        longest: dict[int, tuple[int, _Group | None]] = {}  # by what a pod is attached to
         for group in groups:
-            matches: dict[int, PodMatch] = {}  # by what the pods are attached to
+            matches: dict[int, PodMatch] = {}  # the same
             for bit in _each_bit(group.mask & ~live.shared):
                 attached = live.attached[bit]
                 match = matches.get(attached)
                 if match is None:
-                    end, load = max(
-                        (reach[other] for other in _each_bit(attached) if other in reach),
-                        key=itemgetter(0),
-                        default=(0, group),
+                    if attached not in longest:
+                        loadable = [reach[other] for other in _each_bit(attached) if other in reach]
+                        longest[attached] = max(loadable, key=itemgetter(0), default=(0, None))
+                    end, load = longest[attached]
+                    match = matches[attached] = (
+                        PodMatch(group.tokens, group.end)
+                        if load is None or end <= group.end
+                        else _beyond(group, load, end, self._block_size)
                     )
-                    match = matches[attached] = _beyond(group, load, end, self._block_size)
                 if hits is not None:
                     match = PodMatch(match.tokens, hits.get(bit, 0))
                 found[live.pod_of[bit]] = match
@@ -271,8 +277,6 @@ def _each_bit(mask: int) -> Iterator[int]:
 
 def _beyond(own: _Group, load: _Group, end: int, block_size: int) -> PodMatch:
     """What the pod has, and behind it what `load` has before block `end`."""
-    if end <= own.end:
-        return PodMatch(own.tokens, own.end)
     tokens, start = dict(own.tokens), own.end * block_size
     at = 0
     for tier, count in load.tokens.items():
