@@ -17,6 +17,7 @@ import pytest
 import torch
 from lmcache.v1.multiprocess.custom_types import IPCCacheServerKey, RegisterEngineDrivenContextPayload
 from lmcache.v1.multiprocess.transport.factory import RequestClientFactory
+from vllm.distributed.kv_events import BlockRemoved, BlockStored, KVEventBatch, ZmqEventPublisher
 
 from serve_app.blocks import block_keys, namespace_key, pack_tokens
 from serve_app.errors import StoreError
@@ -104,17 +105,9 @@ def engine(server: LMCacheProcess) -> Iterator[Engine]:
 
 
 class PublisherProcess:
-    """`python -m serve_app.events`, as the node's actor runs it."""
+    """`python -m serve_app.events`, as replicas and the node's actor run it."""
 
-    def __init__(self, endpoint: str, redis_url: str) -> None:
-        config = PublisherConfig(
-            redis_url=redis_url,
-            model=MODEL,
-            pod=NODE,
-            endpoint=endpoint,
-            block_size=BLOCK,
-            lmcache=LMCacheStream(ENGINE_MODEL, CHUNK),
-        )
+    def __init__(self, config: PublisherConfig) -> None:
         self.process = subprocess.Popen([sys.executable, "-m", "serve_app.events"], stdin=subprocess.PIPE)
         assert self.process.stdin is not None
         self.process.stdin.write(msgspec.json.encode(config) + b"\n")
@@ -127,9 +120,20 @@ class PublisherProcess:
         self.process.stdin.close()
 
 
+def of_node(endpoint: str, redis_url: str) -> PublisherConfig:
+    return PublisherConfig(
+        redis_url=redis_url,
+        model=MODEL,
+        pod=NODE,
+        endpoint=endpoint,
+        block_size=BLOCK,
+        lmcache=LMCacheStream(ENGINE_MODEL, CHUNK),
+    )
+
+
 @pytest.fixture
 def publisher(server: LMCacheProcess, engine: Engine, redis_url: str) -> Iterator[PublisherProcess]:
-    publisher = PublisherProcess(server.endpoint, redis_url)
+    publisher = PublisherProcess(of_node(server.endpoint, redis_url))
     yield publisher
     publisher.kill()
 
@@ -183,6 +187,42 @@ def test_stores_of_any_engine_count_for_the_attached_pod(
     eventually(lambda: matched(mirror, range(200)) == {GPU: 16, LMCACHE: 176})
 
 
+def test_what_an_attached_engine_repeats_of_its_server_is_left_out(redis_url: str, tmp_path: Path) -> None:
+    """LMCacheMPConnector has each engine publish the server's stores and evictions as well, `medium: CPU`."""
+    vllm = ZmqEventPublisher(0, f"ipc://{tmp_path}/events", f"ipc://{tmp_path}/replay")
+    common = {"parent_block_hash": None, "lora_id": None, "lora_name": None}
+    events = [
+        BlockStored([b"g0"], token_ids=list(range(BLOCK)), block_size=BLOCK, medium="GPU", **common),
+        BlockStored([b"c0"], token_ids=list(range(CHUNK)), block_size=CHUNK, medium="CPU", **common),
+        BlockRemoved([b"c0"], medium="CPU"),
+        BlockStored([b"c0"], token_ids=list(range(CHUNK)), block_size=CHUNK, medium="CPU", **common),
+    ]
+    vllm.publish(KVEventBatch(ts=0.0, events=events))
+    publisher = PublisherProcess(
+        PublisherConfig(
+            redis_url=redis_url,
+            model=MODEL,
+            pod=POD,
+            endpoint=f"ipc://{tmp_path}/events",
+            replay_endpoint=f"ipc://{tmp_path}/replay",
+            block_size=BLOCK,
+            attached=(NODE,),
+        )
+    )
+    mirror = Mirror(redis_url, MODEL)
+    mirror.start()
+    eventually(lambda: mirror.pods() == [POD], 15)
+    assert matched(mirror, range(CHUNK)) == {GPU: BLOCK}
+    eventually(lambda: mirror.domains()[0][2] is not None)
+    ((domain, _, heartbeat),) = mirror.domains()
+    assert domain.attached == (NODE,)
+    assert heartbeat is not None
+    assert heartbeat.events_skipped == {}
+    mirror.close()
+    publisher.kill()
+    vllm.shutdown()
+
+
 def test_evictions_leave_the_index(engine: Engine, publisher: PublisherProcess, mirror: Mirror) -> None:
     """Twice what the server holds: of every prompt, the index knows what the server itself would give an engine."""
     prompts = [range(first, first + 4 * CHUNK) for first in range(1000, 1000 + 20 * 1000, 1000)]
@@ -205,7 +245,7 @@ def test_a_publisher_that_starts_late_reads_the_log(
     eventually(lambda: matched(mirror, range(200)).get(LMCACHE) == 176, 15)
     publisher.kill()
     eventually(lambda: matched(mirror, range(200)) == {GPU: 16}, 5)  # its lease ends
-    late = PublisherProcess(server.endpoint, redis_url)
+    late = PublisherProcess(of_node(server.endpoint, redis_url))
     eventually(lambda: matched(mirror, range(200)).get(LMCACHE) == 176, 15)
     late.kill()
 
