@@ -57,10 +57,10 @@ class Engine:
         )
         self._client.register_kv_cache_engine_driven_context(payload).result(timeout=10)
 
-    def store(self, tokens: range, start: int = 0) -> None:
+    def store(self, tokens: range, start: int = 0, salt: str = "") -> None:
         """Store the whole chunks of a prompt, those from token `start` on."""
         end = len(tokens) // CHUNK * CHUNK
-        key = self._key(tokens, start, end, worker=0)
+        key = self._key(tokens, start, end, worker=0, salt=salt)
         chunks = [torch.zeros(2, 1, CHUNK, HIDDEN, dtype=torch.bfloat16) for _ in range(start, end, CHUNK)]
         self._client.prepare_store(key, 7).result(timeout=10)
         self._client.commit_store(key, 7, pickle.dumps(chunks)).result(timeout=10)
@@ -81,10 +81,10 @@ class Engine:
     def close(self) -> None:
         self._client.close()
 
-    def _key(self, tokens: range, start: int, end: int, worker: int | None) -> IPCCacheServerKey:
+    def _key(self, tokens: range, start: int, end: int, worker: int | None, salt: str = "") -> IPCCacheServerKey:
         request = f"request-{next(self._requests)}"
         return IPCCacheServerKey(
-            ENGINE_MODEL, 1, worker, tuple(tokens), start, end, request_id=request, num_kv_readers=1
+            ENGINE_MODEL, 1, worker, tuple(tokens), start, end, request, cache_salt=salt, num_kv_readers=1
         )
 
 
@@ -185,6 +185,16 @@ def test_stores_of_any_engine_count_for_the_attached_pod(
     eventually(lambda: matched(mirror, range(330)) == {GPU: 16})
     engine.store(range(200))
     eventually(lambda: matched(mirror, range(200)) == {GPU: 16, LMCACHE: 176})
+
+
+def test_what_a_salted_request_stored_is_nobody_elses(
+    engine: Engine, publisher: PublisherProcess, mirror: Mirror
+) -> None:
+    engine.store(range(50_000, 50_200), salt="tenant")
+    engine.store(range(60_000, 60_200))
+    eventually(lambda: matched(mirror, range(60_000, 60_200)) == {LMCACHE: 192}, 15)
+    assert matched(mirror, range(50_000, 50_200)) == {}
+    assert engine.can_load(range(50_000, 50_200)) == 0
 
 
 def test_what_an_attached_engine_repeats_of_its_server_is_left_out(redis_url: str, tmp_path: Path) -> None:
