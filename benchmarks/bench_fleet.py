@@ -5,7 +5,7 @@ beside it, a Markdown table on the terminal. Every policy gets the same requests
 over the seeds. The simulator is in benchmarks/fleet/, its own checks in tests/unit/test_fleet_*.py.
 
     benchmarks/bench_fleet.py --quick                                       # under a minute: is it better or worse
-    benchmarks/bench_fleet.py --workload llmd-73 --policies ours,selector --rates 20,60
+    benchmarks/bench_fleet.py --workload llmd-73 --policies ours,longest_prefix --rates 20,60
     benchmarks/bench_fleet.py --event-delay 0.1 --routers 4                 # stale views
 """
 

@@ -111,7 +111,7 @@ def status() -> None:
 @app.command()
 def publish(
     engine: Annotated[str, typer.Option(help="The engine's KV event socket, e.g. tcp://host:5557.")],
-    redis: Annotated[str, typer.Option(help="redis://, rediss:// or unix:// URL.", envvar="KVCACHE_REDIS_URL")],
+    redis: Annotated[str, typer.Option(help="URL as in `redis_url` of the settings.", envvar="KVCACHE_REDIS_URL")],
     pod: Annotated[str, typer.Option(help="Name of this engine in scores.")],
     model: Annotated[str, typer.Option(help="Model id that clients send.")],
     replay: Annotated[str | None, typer.Option(help="The engine's replay socket; without it gaps are lost.")] = None,

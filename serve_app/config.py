@@ -5,11 +5,13 @@ In: the `args` of an application, or `request_router_kwargs`. Out: frozen pydant
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, PositiveInt
+from pydantic import BaseModel, ConfigDict, Field, NonNegativeFloat, PositiveInt
 
 from serve_app.errors import ConfigError
+from serve_app.routing.choice import Policy
+from serve_app.routing.costs import TIER_LOAD, CostWeights
 from serve_app.scoring import Strategy
-from serve_app.selection import Policy
+from serve_app.types import Tier
 
 EMBEDDED = "embedded"
 """As `redis_url`: a Valkey that the `kvcache` application starts on this node. For one node only."""
@@ -19,9 +21,32 @@ REPLICA_HEADER = "x-kvcache-replica"
 
 DEFAULT_PREFIX_STORE_BYTES = 512 * 1024**2
 
+_WEIGHTS = CostWeights()
+
 
 class _Settings(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, use_enum_values=False)
+
+
+class CostSettings(_Settings):
+    """What counts how much in a replica's cost, in tokens of prefill (serve_app/routing/costs.py)."""
+
+    tier_load: Annotated[
+        dict[str, NonNegativeFloat], Field(description="Loading a token from a tier, as a share of its prefill.")
+    ] = Field(default_factory=lambda: {str(tier): share for tier, share in TIER_LOAD.items()})
+    in_flight_tokens: Annotated[NonNegativeFloat, Field(description="What one request in flight costs.")] = (
+        _WEIGHTS.in_flight_tokens
+    )
+    displace: Annotated[
+        NonNegativeFloat, Field(description="What a computed token costs beyond its own time: others wait, blocks go.")
+    ] = _WEIGHTS.displace
+
+    def weights(self) -> CostWeights:
+        return CostWeights(
+            tier_load={**TIER_LOAD, **{Tier(tier): share for tier, share in self.tier_load.items()}},
+            in_flight_tokens=self.in_flight_tokens,
+            displace=self.displace,
+        )
 
 
 class IndexSettings(_Settings):
@@ -29,7 +54,11 @@ class IndexSettings(_Settings):
 
     model: Annotated[str, Field(description="Model id that clients send; names the key space in Redis.")]
     redis_url: Annotated[
-        str, Field(description="redis://, rediss:// or unix:// URL of Redis or Valkey, or `embedded`.")
+        str,
+        Field(
+            description="URL of Redis or Valkey: redis://, rediss:// (TLS), unix://, redis+sentinel:// or "
+            "redis+cluster:// (?password_file=/path keeps the password out of it); or `embedded`."
+        ),
     ] = EMBEDDED
     max_blocks: Annotated[PositiveInt, Field(description="Cap of a mirror, in blocks (about 100 bytes each).")] = (
         20_000_000
@@ -43,7 +72,7 @@ class IndexSettings(_Settings):
     prefix_store_bytes: Annotated[PositiveInt, Field(description="Cap of a prefix store, in bytes.")] = (
         DEFAULT_PREFIX_STORE_BYTES
     )
-    strategy: Annotated[Strategy, Field(description="How a match becomes a score.")] = Strategy.LONGEST_PREFIX
+    cost: Annotated[CostSettings, Field(description="Weights of `strategy: expected_ttft`.")] = CostSettings()
 
 
 class LMCacheSettings(_Settings):
@@ -87,6 +116,9 @@ class RouterSettings(IndexSettings):
     """`request_router_kwargs` of `KVCacheAwareRouter`. The replica's publisher reads them too."""
 
     policy: Annotated[Policy, Field(description="kv_aware, or a baseline to compare with.")] = Policy.KV_AWARE
+    strategy: Annotated[Strategy, Field(description="How kv_aware weighs what the replicas hold.")] = (
+        Strategy.EXPECTED_TTFT
+    )
     prefix_lookup: Annotated[
         Literal["local", "deployment"], Field(description="Prompt -> block keys in the router, or in PrefixStore.")
     ] = "local"
@@ -112,6 +144,9 @@ class RouterSettings(IndexSettings):
 class GraphArgs(IndexSettings):
     """Arguments of `serve_app.app:build_kvcache`."""
 
+    strategy: Annotated[Strategy, Field(description="How a match becomes a score, where a request does not say.")] = (
+        Strategy.LONGEST_PREFIX
+    )
     tokenizer_replicas: PositiveInt = 1
     prefix_store_replicas: PositiveInt = 1
     block_index_replicas: PositiveInt = 1

@@ -1,6 +1,7 @@
 """The read path in one place: Score(request, pods) -> {pod: score}.
 
-    request body -> prompts.encode -> block keys -> index.match -> matched tokens per pod and tier -> score
+    find    request body -> prompts.encode -> block keys -> index.match -> matched tokens per pod and tier
+    score   what was found -> one number per pod
 
 A stage is anything that keeps the protocol below: in this process (`PromptService`, `LocalIndex`), or a call to a
 deployment (`serve_app.deployments.stages`). The order of the stages and what flows between them is only here.
@@ -10,13 +11,13 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 from serve_app.errors import IndexUnavailable
 from serve_app.index.mirror import Mirror
-from serve_app.scoring import Strategy, score
-from serve_app.types import BlockKeys, EncodedKeys, EngineSpec, PodId, PodMatch, Tier
+from serve_app.scoring import Strategy, score_all
+from serve_app.types import BlockKeys, EncodedKeys, EngineSpec, Found, PodId, PodMatch
 
 Body = Mapping[str, Any]
 """A parsed /v1/chat/completions or /v1/completions request."""
@@ -47,12 +48,7 @@ class Scored:
     """The answer, with what it rests on. For a request of several prompts, all numbers are sums over them."""
 
     scores: dict[PodId, float]
-    matched_tokens: dict[PodId, Mapping[Tier, int]]
-    prompt_tokens: int
-    known_tokens: int
-    block_size: int
-    complete: bool = True  # False: some prompt's tokens were late, and only its known prefix is scored
-    stage_s: dict[str, float] = field(default_factory=dict)  # seconds by stage: prompt, index, score
+    found: Found
 
 
 class Indexer:
@@ -69,45 +65,28 @@ class Indexer:
         self._index = index
         self.strategy = strategy
 
-    async def score(self, body: Body, pods: Sequence[PodId] | None = None, strategy: Strategy | None = None) -> Scored:
-        """Score `pods` (None: all live pods) for a request.
+    async def find(self, body: Body, pods: Sequence[PodId] | None = None, strategy: Strategy | None = None) -> Found:
+        """The request's prompts, and what each of `pods` (None: all live pods) holds of them.
 
         Raises:
             PromptError: the request has no prompt that can be scored.
             IndexUnavailable: no engine of the model has registered.
         """
-        strategy = strategy or self.strategy
+        counts_hits = (strategy or self.strategy).counts_hits
         start_s = time.perf_counter()
         spec = await self._index.spec()
         if spec is None:
             raise IndexUnavailable("no replica of the model has registered in Redis yet")
         prompts = await self._prompts.encode(body, spec)
         encoded_s = time.perf_counter()
-        matches = [await self._index.match(prompt.keys, pods, count_hits=strategy.counts_hits) for prompt in prompts]
-        matched_s = time.perf_counter()
-        scores: dict[PodId, float] = {}
-        tokens: dict[PodId, Mapping[Tier, int]] = {}
-        for prompt, match in zip(prompts, matches, strict=True):
-            for pod, found in match.items():
-                scores[pod] = scores.get(pod, 0.0) + score(found, prompt.token_count, strategy)
-                tokens[pod] = _sum(tokens[pod], found.tokens) if pod in tokens else found.tokens
-        return Scored(
-            scores,
-            tokens,
-            sum(prompt.token_count for prompt in prompts),
-            sum(prompt.known_token_count for prompt in prompts),
-            spec.block_size,
-            all(prompt.complete for prompt in prompts),
-            {
-                "prompt": encoded_s - start_s,
-                "index": matched_s - encoded_s,
-                "score": time.perf_counter() - matched_s,
-            },
-        )
+        matches = [await self._index.match(prompt.keys, pods, count_hits=counts_hits) for prompt in prompts]
+        stage_s = {"prompt": encoded_s - start_s, "index": time.perf_counter() - encoded_s}
+        return Found(prompts, matches, spec.block_size, stage_s)
 
-
-def _sum(one: Mapping[Tier, int], other: Mapping[Tier, int]) -> dict[Tier, int]:
-    return {tier: one.get(tier, 0) + other.get(tier, 0) for tier in {**one, **other}}
+    async def score(self, body: Body, pods: Sequence[PodId] | None = None, strategy: Strategy | None = None) -> Scored:
+        """Score `pods` for a request; errors as in `find`."""
+        found = await self.find(body, pods, strategy)
+        return Scored(score_all(found, strategy or self.strategy), found)
 
 
 class LocalIndex:

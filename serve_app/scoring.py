@@ -12,10 +12,11 @@ from collections.abc import Mapping
 from enum import StrEnum
 from types import MappingProxyType
 
-from serve_app.types import CPU, GPU, LMCACHE, PodMatch, Tier
+from serve_app.types import CPU, GPU, LMCACHE, Found, PodId, PodMatch, Tier
 
 
 class Strategy(StrEnum):
+    EXPECTED_TTFT = "expected_ttft"  # by the load of the pods too: serve_app/routing
     LONGEST_PREFIX = "longest_prefix"
     HIGHEST_BLOCK_HIT = "highest_block_hit"
     COVERAGE = "coverage"
@@ -30,6 +31,15 @@ TIER_WEIGHTS: Mapping[Tier, float] = MappingProxyType({GPU: 1.0, CPU: 0.8, LMCAC
 UNKNOWN_TIER_WEIGHT = 0.5
 
 
+def score_all(found: Found, strategy: Strategy) -> dict[PodId, float]:
+    """Score of every pod that was looked up, summed over the request's prompts."""
+    scores: dict[PodId, float] = {}
+    for prompt, matches in zip(found.prompts, found.matches, strict=True):
+        for pod, match in matches.items():
+            scores[pod] = scores.get(pod, 0.0) + score(match, prompt.token_count, strategy)
+    return scores
+
+
 def score(
     match: PodMatch,
     prompt_tokens: int,
@@ -38,7 +48,7 @@ def score(
 ) -> float:
     """Score of one pod for a prompt of `prompt_tokens` tokens."""
     match strategy:
-        case Strategy.LONGEST_PREFIX:
+        case Strategy.LONGEST_PREFIX | Strategy.EXPECTED_TTFT:
             total = 0.0
             for tier, count in match.tokens.items():
                 total += count * tier_weights.get(tier, UNKNOWN_TIER_WEIGHT)

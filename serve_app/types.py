@@ -5,9 +5,9 @@ In: nothing. Out: types only; this module imports no other of the package.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import NewType
+from typing import NamedTuple, NewType
 
 BlockKey = NewType("BlockKey", bytes)
 """Canonical key of one full block: 8 bytes, XXH3-64, chained over the whole prefix (see blocks.py)."""
@@ -88,6 +88,59 @@ class PodMatch:
     @property
     def total_tokens(self) -> int:
         return sum(self.tokens.values())
+
+
+@dataclass(frozen=True, slots=True)
+class Found:
+    """What a request's prompts are and who holds how much of them: all that a choice needs."""
+
+    prompts: Sequence[EncodedKeys]
+    matches: Sequence[Mapping[PodId, PodMatch]]  # of each prompt
+    block_size: int
+    stage_s: Mapping[str, float] = field(default_factory=dict)  # seconds by stage: prompt, index
+
+    @property
+    def prompt_tokens(self) -> int:
+        return sum(prompt.token_count for prompt in self.prompts)
+
+    @property
+    def known_tokens(self) -> int:
+        return sum(prompt.known_token_count for prompt in self.prompts)
+
+    @property
+    def complete(self) -> bool:
+        """False: some prompt's tokens were late, and only its known prefix was looked up."""
+        return all(prompt.complete for prompt in self.prompts)
+
+    def matched_tokens(self, pod: PodId) -> dict[Tier, int]:
+        """Tokens by tier, summed over the prompts."""
+        total: dict[Tier, int] = {}
+        for match in self.matches:
+            for tier, count in match.get(pod, _NOTHING).tokens.items():
+                total[tier] = total.get(tier, 0) + count
+        return total
+
+
+_NOTHING = PodMatch()
+
+
+class Served(NamedTuple):
+    """One request that an engine has answered, in its own figures."""
+
+    request_id: str  # as the engine knows it: the client's or gateway's x-request-id, in a prefix and suffix of vLLM's
+    prompt_tokens: int
+    cached_tokens: int  # of these, not computed: from any tier
+    queued_s: float  # from arrival to its first step
+    prefill_s: float  # from its first step to its first token
+
+
+class Routed(NamedTuple):
+    """What another router has sent to a pod."""
+
+    pod: PodId
+    keys: BlockKeys  # of the blocks that the pod did not hold
+    tokens: int  # that it has to compute
+    at_s: float = 0.0  # receiver's monotonic clock
 
 
 @dataclass(frozen=True, slots=True)

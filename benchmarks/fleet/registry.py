@@ -1,19 +1,16 @@
-"""Policies by name.
-
-`ours` is the slot for the policy that ships: put an adapter class here that keeps `RoutingPolicy`, and give it the
-shipped classes. Until then it is the present Selector.
-"""
+"""Policies by name. `ours` is the one that ships; `longest_prefix` is the same router with that strategy."""
 
 from __future__ import annotations
 
 import random
 from collections.abc import Callable, Mapping
+from functools import partial
 
 from benchmarks.fleet.policies import ConsistentHash, FleetInfo, LeastLoaded, PowerOfTwo, RoundRobin, RoutingPolicy
-from benchmarks.fleet.policies_cache import SelectorPolicy
-from benchmarks.fleet.policies_candidate import LeastWork
 from benchmarks.fleet.policies_dynamo import DynamoKvRouter
+from benchmarks.fleet.policies_ours import ChooserPolicy
 from benchmarks.fleet.policies_ray import PrefixCacheAffinity
+from serve_app.scoring import Strategy
 
 PolicyFactory = Callable[[FleetInfo, random.Random], RoutingPolicy]
 
@@ -21,9 +18,8 @@ ORACLE = "oracle"
 """Least loaded on replicas that share one infinite cache: no policy can hit more, or with less imbalance."""
 
 POLICIES: Mapping[str, PolicyFactory] = {
-    "ours": SelectorPolicy,
-    "selector": SelectorPolicy,
-    "least_work": LeastWork,
+    "ours": ChooserPolicy,
+    "longest_prefix": partial(ChooserPolicy, strategy=Strategy.LONGEST_PREFIX),
     "round_robin": RoundRobin,
     "least_loaded": LeastLoaded,
     "power_of_two": PowerOfTwo,

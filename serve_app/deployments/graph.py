@@ -5,6 +5,7 @@ Scorer -> PrefixStore -> Tokenizer
 """
 
 import asyncio
+import time
 from collections.abc import Sequence
 from typing import Any
 
@@ -13,13 +14,19 @@ from ray.serve.handle import DeploymentHandle
 from serve_app.config import GraphArgs
 from serve_app.deployments.metrics import IndexMetrics
 from serve_app.errors import PromptError, StoreError
+from serve_app.index.connection import connect
+from serve_app.index.keyspace import Keyspace
 from serve_app.index.mirror import Mirror
+from serve_app.index.router_log import read_receipts
 from serve_app.once import Once
 from serve_app.prompts.prefix_store import PrefixStore as Store
 from serve_app.prompts.service import PromptService
 from serve_app.prompts.tokenizer import Segment
 from serve_app.prompts.tokenizer import Tokenizer as TokenizerModel
-from serve_app.types import BlockKeys, EncodedKeys, EngineSpec, ModelId, PodId, PodMatch, Tier
+from serve_app.routing.choice import Cost
+from serve_app.routing.chooser import Chooser
+from serve_app.routing.desk import Desk
+from serve_app.types import BlockKeys, EncodedKeys, EngineSpec, Found, ModelId, PodId, PodMatch, Tier
 
 STALE_AFTER_S = 30.0  # a BlockIndex that has not heard from Redis for so long says that it is unhealthy
 
@@ -62,6 +69,9 @@ class BlockIndex:
             bury=True,
         )
         self._mirror.start()
+        self._model = ModelId(args.model)
+        self._desk = Desk(self._mirror, Chooser(self._mirror.held, weights=args.cost.weights()))
+        self._redis = connect(redis_url, name="kvcache-receipts", slot_of=Keyspace(self._model).receipts)
         self._metrics = IndexMetrics(self._mirror, args.model)
 
     def spec(self) -> EngineSpec | None:
@@ -69,6 +79,20 @@ class BlockIndex:
 
     def match(self, keys: BlockKeys, pods: Sequence[PodId] | None, count_hits: bool) -> dict[PodId, PodMatch]:
         return dict(self._mirror.match(keys, pods, count_hits=count_hits))
+
+    def costs(self, found: Found) -> dict[PodId, Cost]:
+        """What the request would cost at each pod that was looked up, by what the pods have reported."""
+        pods = list(found.matches[0]) if found.matches else []
+        self._desk.chooser.keep_only(self._mirror.pods())
+        self._desk.catch_up(pods)
+        return self._desk.chooser.expected(pods, found, time.monotonic())
+
+    async def receipts(self, count: int) -> list[bytes]:
+        """The routers' last receipts as JSON, newest first; none while Redis is away."""
+        try:
+            return await asyncio.to_thread(read_receipts, self._redis, self._model, count)
+        except StoreError:
+            return []
 
     def describe(self) -> dict[str, Any]:
         """The index as people want to see it."""

@@ -10,10 +10,13 @@ from collections.abc import Callable, Mapping
 from ray.util.metrics import Counter, Gauge, Histogram
 
 from serve_app.index.mirror import Mirror
+from serve_app.routing.receipts import Receipt
 from serve_app.types import Tier
 
 FLUSH_S = 1.0
 _LATENCY_BOUNDARIES_S = [0.0001, 0.0002, 0.0005, 0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0]
+_TTFT_BOUNDARIES_S = [0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0, 20.0, 60.0]
+_TOKEN_BOUNDARIES = [0.5, 32, 128, 512, 2048, 8192, 32768]
 
 
 class _Every:
@@ -55,6 +58,24 @@ class RouterMetrics:
             boundaries=_LATENCY_BOUNDARIES_S,
             tag_keys=("model", "stage"),
         ).set_default_tags(tags)
+        self._cached: Tally[tuple[str, str]] = Tally()
+        self._cached_counter = Counter(
+            "kvcache_router_cached_tokens_total",
+            "Prompt tokens from the replica's cache: as predicted, and as the engine says (actual).",
+            tag_keys=("model", "replica", "kind"),
+        ).set_default_tags(tags)
+        self._error = Histogram(
+            "kvcache_router_prediction_error_tokens",
+            "Difference of predicted and actual cached tokens of a request.",
+            boundaries=_TOKEN_BOUNDARIES,
+            tag_keys=("model", "replica"),
+        ).set_default_tags(tags)
+        self._ttft = Histogram(
+            "kvcache_router_ttft_seconds",
+            "Time to first token by the engine's figures: queue and prefill.",
+            boundaries=_TTFT_BOUNDARIES_S,
+            tag_keys=("model", "replica"),
+        ).set_default_tags(tags)
         self._lock = threading.Lock()
         self._flusher = _Every(FLUSH_S, self.flush)
 
@@ -63,7 +84,19 @@ class RouterMetrics:
             self._decisions[outcome, reason] += 1
         self._latency.observe(total_s, {"stage": "total"})
 
-    def scored(self, prompt_tokens: int, matched: Mapping[Tier, int], stage_s: Mapping[str, float]) -> None:
+    def served(self, complete: Receipt) -> None:
+        """What the engine took from its cache, beside what was expected."""
+        actual = complete.actual
+        if actual is None or not complete.prompt_tokens:
+            return
+        with self._lock:
+            self._cached["predicted", complete.chosen] += complete.predicted_cached_tokens
+            self._cached["actual", complete.chosen] += actual.cached_tokens
+        tags = {"replica": complete.chosen}
+        self._error.observe(abs(complete.predicted_cached_tokens - actual.cached_tokens), tags)
+        self._ttft.observe(actual.queued_s + actual.prefill_s, tags)
+
+    def found(self, prompt_tokens: int, matched: Mapping[Tier, int], stage_s: Mapping[str, float]) -> None:
         with self._lock:
             self._tokens["prompt"] += prompt_tokens
             for tier, tokens in matched.items():
@@ -75,6 +108,10 @@ class RouterMetrics:
         with self._lock:
             decisions, self._decisions = self._decisions, Tally()
             tokens, self._tokens = self._tokens, Tally()
+            cached, self._cached = self._cached, Tally()
+        for (kind, replica), count in cached.items():
+            if count:
+                self._cached_counter.inc(count, {"kind": kind, "replica": replica})
         for (outcome, reason), count in decisions.items():
             self._decision_counter.inc(count, {"outcome": outcome, "reason": reason})
         for name, count in tokens.items():

@@ -8,9 +8,12 @@ and the decision is counted under the reason.
 import asyncio
 import logging
 import time
-from collections.abc import Mapping
-from typing import Any
+import uuid
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
 
+import msgspec
+from cachetools import LRUCache
 from ray.serve._private.common import DeploymentHandleSource, ReplicaID
 from ray.serve._private.replica_result import ReplicaResult
 from ray.serve._private.request_router.common import PendingRequest
@@ -25,13 +28,26 @@ from serve_app.deployments.metrics import IndexMetrics, RouterMetrics
 from serve_app.deployments.stages import RemoteIndex, RemotePrompts, graph_handle, remote_tokenize
 from serve_app.errors import IndexUnavailable, PromptError
 from serve_app.index.mirror import Mirror
-from serve_app.indexer import Indexer, IndexStage, LocalIndex, PromptStage, Scored
+from serve_app.index.router_log import RouterLog
+from serve_app.indexer import Indexer, IndexStage, LocalIndex, PromptStage
 from serve_app.prompts.prefix_store import PrefixStore
 from serve_app.prompts.service import PromptService, Tokenize
-from serve_app.selection import Choice, LoadLedger, Policy, Selector
-from serve_app.types import ModelId, PodId, Tier
+from serve_app.routing.choice import Choice, Outcome, Policy
+from serve_app.routing.chooser import Chooser, Sent
+from serve_app.routing.desk import Desk
+from serve_app.routing.receipts import receipt
+from serve_app.types import BlockKeys, Found, ModelId, PodId, Tier
 
 logger = logging.getLogger("ray.serve")
+
+_CATCH_UP_S = 0.25  # without a decision; with each it is done anyway
+_REMEMBERED_DECISIONS = 1024  # until Serve says who got the request; with direct streaming it never does
+
+
+class _Decision(NamedTuple):
+    sent: Sent
+    found: Found | None
+    choice: Choice
 
 
 class KVCacheAwareRouter(MultiplexMixin, RequestRouter):
@@ -43,10 +59,15 @@ class KVCacheAwareRouter(MultiplexMixin, RequestRouter):
 
     def initialize_state(self, **settings: Any) -> None:
         self._settings = RouterSettings(**settings)
-        self._selector = Selector(self._settings.policy)
-        self._ledger = LoadLedger()
+        self._id = uuid.uuid4().hex[:12]
+        self._chooser = Chooser(
+            self._held, self._settings.policy, self._settings.strategy, self._settings.cost.weights()
+        )
+        self._sent: LRUCache[str, _Decision] = LRUCache(_REMEMBERED_DECISIONS)  # by request id
         self._indexer: Indexer | None = None
         self._mirror: Mirror | None = None
+        self._desk: Desk | None = None
+        self._log: RouterLog | None = None
         self._metrics: RouterMetrics | None = None
         self._background: set[asyncio.Task[Any]] = set()
         # Every proxy makes a router of its own that it hardly ever asks: there the heavy parts start on first use.
@@ -66,6 +87,10 @@ class KVCacheAwareRouter(MultiplexMixin, RequestRouter):
         )
         self._mirror.start()
         self._index_metrics = IndexMetrics(self._mirror, settings.model)
+        self._desk = Desk(self._mirror, self._chooser, self._id)
+        self._log = RouterLog(resolve_redis_url(settings.redis_url), ModelId(settings.model), self._id)
+        self._log.start()
+        self._keep(self._event_loop.create_task(self._catch_up_when_idle()))
         tokenize: Tokenize | None = None
         if settings.tokenization == "deployment":
             tokenize = remote_tokenize(graph_handle("Tokenizer", settings.graph_app))
@@ -93,36 +118,43 @@ class KVCacheAwareRouter(MultiplexMixin, RequestRouter):
         start_s = time.perf_counter()
         replicas = {PodId(replica.replica_id.unique_id): replica for replica in candidate_replicas}
         pods = sorted(replicas)
-        scored, why = await self._score(pods, pending_request)
+        found, why = await self._find(pods, pending_request)
+        self._catch_up(pods)
         now_s = time.monotonic()
-        choice = self._selector.choose(
-            pods, {pod: self._in_flight(pod, now_s) for pod in pods}, scored.scores if scored else None, why
-        )
+        session = pending_request.metadata.session_id if pending_request is not None else ""
+        choice = self._chooser.choose(pods, found, now_s, why=why, session=session)
+        choice = choice.with_last(self._full(replicas, now_s))
         if choice.ranked:
-            self._ledger.sent(choice.ranked[0], now_s)
-            self._count(choice, scored, time.perf_counter() - start_s)
+            self._book(choice, found, pending_request, now_s, time.perf_counter() - start_s)
         return [[replicas[pod]] for pod in choice.ranked]
 
     def update_replicas(self, replicas: list[RunningReplica]) -> None:
         super().update_replicas(replicas)
-        self._ledger.keep_only([PodId(replica.replica_id.unique_id) for replica in replicas])
+        self._chooser.keep_only([PodId(replica.replica_id.unique_id) for replica in replicas])
 
     def on_request_routed(self, pending_request: PendingRequest, replica_id: ReplicaID, result: ReplicaResult) -> None:
-        """Remember who got the request, for the response header of the ordinary ingress."""
-        routed.remember(pending_request.metadata.request_id, replica_id.unique_id)
+        """Remember who got the request: for the header of the ordinary ingress, and if the first choice refused it."""
+        request_id, pod = pending_request.metadata.request_id, PodId(replica_id.unique_id)
+        routed.remember(request_id, pod)
+        decision = self._sent.pop(request_id, None)
+        if decision is not None and decision.sent.pod != pod:
+            self._chooser.withdraw(decision.sent)
+            self._chooser.sent(pod, decision.found, decision.choice, time.monotonic())
+            if self._desk is not None:
+                self._desk.receipts.moved(request_id, pod)
 
     # -- inside ---------------------------------------------------------------------------------------------------
 
-    async def _score(self, pods: list[PodId], request: PendingRequest | None) -> tuple[Scored | None, str]:
-        """Scores, or None and the reason why there are none; also why they are of a part of the prompt only."""
+    async def _find(self, pods: list[PodId], request: PendingRequest | None) -> tuple[Found | None, str]:
+        """What is known, or None and the reason why nothing is; also why it is of a part of the prompt only."""
         if self._indexer is None or self._settings.policy is not Policy.KV_AWARE:
             return None, ""
         body = _body_of(request)
         if body is None:
             return None, "no_body"
         try:
-            scored = await asyncio.wait_for(self._indexer.score(body, pods), self._settings.decision_deadline_s)
-            return scored, "" if scored.complete else "tokens_late"
+            found = await asyncio.wait_for(self._indexer.find(body, pods), self._settings.decision_deadline_s)
+            return found, "" if found.complete else "tokens_late"
         except PromptError as error:
             return None, error.reason
         except IndexUnavailable:
@@ -133,16 +165,47 @@ class KVCacheAwareRouter(MultiplexMixin, RequestRouter):
             logger.exception("kvcache: a request could not be scored; it goes to the least-loaded replica")
             return None, "error"
 
-    def _in_flight(self, pod: PodId, now_s: float) -> int:
-        report = self._mirror.load(pod) if self._mirror is not None else None
-        return self._ledger.in_flight(pod, report, now_s)
-
-    def _count(self, choice: Choice, scored: Scored | None, total_s: float) -> None:
+    def _book(
+        self, choice: Choice, found: Found | None, request: PendingRequest | None, now_s: float, decision_s: float
+    ) -> None:
+        """The first of the ranked pods gets the request: note it where it counts."""
         assert self._metrics is not None
-        self._metrics.decided(choice.outcome, choice.reason, total_s)
-        if scored is not None:
-            matched = scored.matched_tokens.get(choice.ranked[0], {})
-            self._metrics.scored(scored.prompt_tokens, matched, scored.stage_s)
+        pod = choice.ranked[0]
+        sent = self._chooser.sent(pod, found, choice, now_s)
+        self._metrics.decided(choice.outcome, choice.reason, decision_s)
+        if found is not None:
+            self._metrics.found(found.prompt_tokens, found.matched_tokens(pod), found.stage_s)
+        if request is None or self._desk is None or self._log is None:
+            return
+        request_id = request.metadata.request_id
+        self._sent[request_id] = _Decision(sent, found, choice)
+        if found is not None:
+            for route in self._chooser.route(sent, found):
+                self._log.routed(route)
+        if choice.outcome is not Outcome.BASELINE:
+            new = receipt(request_id, self._id, time.time(), decision_s, pod, choice, found)
+            if (oldest := self._desk.receipts.open(new)) is not None:
+                self._log.receipt(msgspec.json.encode(oldest))
+
+    def _full(self, replicas: Mapping[PodId, RunningReplica], now_s: float) -> set[PodId]:
+        """Replicas that have as many requests as they may have."""
+        count = self._chooser.in_flight.count
+        return {pod for pod, replica in replicas.items() if count(pod, now_s) >= replica.max_ongoing_requests}
+
+    def _held(self, pods: Sequence[PodId], keys: BlockKeys) -> list[bool]:
+        return self._mirror.held(pods, keys) if self._mirror is not None else [False] * len(pods)
+
+    def _catch_up(self, pods: Sequence[PodId]) -> None:
+        if self._desk is None or self._log is None or self._metrics is None:
+            return
+        for complete in self._desk.catch_up(pods):
+            self._log.receipt(msgspec.json.encode(complete))
+            self._metrics.served(complete)
+
+    async def _catch_up_when_idle(self) -> None:
+        while True:
+            await asyncio.sleep(_CATCH_UP_S)
+            self._catch_up(())
 
     async def _load_tokenizer(self, mirror: Mirror, prompts: PromptService) -> None:
         """Load the tokenizer as soon as an engine has said which, before the first request needs it."""

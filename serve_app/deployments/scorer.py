@@ -1,14 +1,16 @@
 """Ingress of the graph: the Score API over HTTP.
 
-POST /kvcache/v1/score   an OpenAI request body, plus optional `pods` and `strategy`  ->  ScoreAnswer
-GET  /kvcache/v1/pods    what the index knows of every pod
+POST /kvcache/v1/score     an OpenAI request body, plus optional `pods` and `strategy`  ->  ScoreAnswer
+GET  /kvcache/v1/pods      what the index knows of every pod
+GET  /kvcache/v1/receipts  the routers' last decisions, each with what came of it
 GET  /kvcache/health
 """
 
-from typing import Any
+from collections.abc import Mapping
+from typing import Annotated, Any
 
 import msgspec
-from fastapi import FastAPI, Request
+from fastapi import FastAPI, Query, Request
 from fastapi.responses import JSONResponse
 from pydantic import BaseModel, Field, ValidationError
 from ray import serve
@@ -17,8 +19,10 @@ from ray.serve.handle import DeploymentHandle
 from serve_app.config import GraphArgs
 from serve_app.deployments.stages import RemoteIndex, RemotePrompts
 from serve_app.errors import IndexUnavailable, PromptError
+from serve_app.index.router_log import RECEIPTS_MAX
 from serve_app.indexer import Indexer
-from serve_app.scoring import Strategy
+from serve_app.routing.choice import Cost
+from serve_app.scoring import Strategy, score_all
 from serve_app.types import PodId
 
 app = FastAPI(title="KVCache Manager")
@@ -27,6 +31,9 @@ app = FastAPI(title="KVCache Manager")
 class PodScore(BaseModel):
     score: float
     matched_tokens: dict[str, int] = Field(description="Contiguous prefix by tier, fastest tier first.")
+    cost_s: dict[str, float] | None = Field(
+        None, description="With `expected_ttft`: the terms of the cost, in seconds (serve_app/routing/choice.py)."
+    )
 
 
 class ScoreAnswer(BaseModel):
@@ -35,7 +42,9 @@ class ScoreAnswer(BaseModel):
     prompt_tokens: int
     block_size: int
     complete: bool = Field(description="False: some text could not be tokenized, and only what is known is scored.")
-    scores: dict[str, float]
+    scores: dict[str, float] = Field(
+        description="The best is the largest. With `expected_ttft` it is minus the expected cost in seconds."
+    )
     pods: dict[str, PodScore]
 
 
@@ -75,25 +84,34 @@ class Scorer:
             extra = _Extra.model_validate({k: body.pop(k) for k in _Extra.model_fields if k in body})
         except (msgspec.DecodeError, ValidationError) as error:
             return _error(400, "invalid_request", str(error))
+        strategy = extra.strategy or self._indexer.strategy
         pods = None if extra.pods is None else [PodId(pod) for pod in extra.pods]
         try:
-            scored = await self._indexer.score(body, pods, extra.strategy)
+            found = await self._indexer.find(body, pods, strategy)
         except PromptError as error:
             return _error(400, error.reason, str(error))
         except IndexUnavailable as error:
             return _error(503, "index_unavailable", str(error))
+        costs: Mapping[PodId, Cost] = {}
+        if strategy is Strategy.EXPECTED_TTFT:
+            costs = await self._block_index.costs.remote(found)
+            scores = {pod: -cost.total_s for pod, cost in costs.items()}
+        else:
+            scores = score_all(found, strategy)
         return ScoreAnswer(
             model=self._model,
-            strategy=extra.strategy or self._indexer.strategy,
-            prompt_tokens=scored.prompt_tokens,
-            block_size=scored.block_size,
-            complete=scored.complete,
-            scores={str(pod): value for pod, value in scored.scores.items()},
+            strategy=strategy,
+            prompt_tokens=found.prompt_tokens,
+            block_size=found.block_size,
+            complete=found.complete,
+            scores={str(pod): value for pod, value in scores.items()},
             pods={
                 str(pod): PodScore(
-                    score=value, matched_tokens={str(tier): n for tier, n in scored.matched_tokens[pod].items()}
+                    score=value,
+                    matched_tokens={str(tier): n for tier, n in found.matched_tokens(pod).items()},
+                    cost_s=costs[pod]._asdict() if pod in costs else None,
                 )
-                for pod, value in scored.scores.items()
+                for pod, value in scores.items()
             },
         )
 
@@ -102,6 +120,12 @@ class Scorer:
         """What the index knows of every pod."""
         answer: dict[str, Any] = await self._block_index.describe.remote()
         return {"model": self._model, **answer}
+
+    @app.get("/v1/receipts")
+    async def receipts(self, limit: Annotated[int, Query(ge=1, le=RECEIPTS_MAX)] = 50) -> list[dict[str, Any]]:
+        """The last decisions that are complete, newest first."""
+        encoded: list[bytes] = await self._block_index.receipts.remote(limit)
+        return [msgspec.json.decode(one, type=dict[str, Any]) for one in encoded]
 
     @app.get("/health")
     async def health(self) -> dict[str, str]:

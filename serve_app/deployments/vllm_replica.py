@@ -21,12 +21,14 @@ from ray.serve.llm import LLMConfig
 from ray.serve.llm.deployment import LLMServer
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from vllm.entrypoints.chat_utils import load_chat_template
+from vllm.v1.metrics.loggers import StatLoggerBase
 
 from serve_app.config import REPLICA_HEADER, RouterSettings
 from serve_app.deployments.embedded_redis import resolve_redis_url
 from serve_app.deployments.lmcache import LMCacheAttachment
 from serve_app.errors import ConfigError
-from serve_app.events.publisher import PublisherConfig
+from serve_app.events.publisher import Feed, PublisherConfig
+from serve_app.types import Served
 
 logger = logging.getLogger("ray.serve")
 
@@ -43,6 +45,7 @@ class VLLMReplica(LLMServer):
         self._sockets = Path(tempfile.mkdtemp(prefix="kvcache-"))
         self._supervisor: asyncio.Task[None] | None = None
         self._holder: asyncio.Task[None] | None = None
+        self._ended = _EndedRequests()
         llm_config.update_engine_kwargs(
             kv_events_config={
                 "enable_kv_cache_events": True,
@@ -63,6 +66,9 @@ class VLLMReplica(LLMServer):
 
     async def start(self) -> None:
         await super().start()  # type: ignore[no-untyped-call]
+        manager = self._engine_client().logger_manager
+        if manager is not None:  # with `disable_log_stats` it is: then nothing is learned of served requests
+            manager.stat_loggers.append(self._ended)
         self._supervisor = asyncio.create_task(self._run_publisher())
 
     async def __serve_build_asgi_app__(self) -> Any:
@@ -116,13 +122,13 @@ class VLLMReplica(LLMServer):
             shutil.rmtree(self._sockets, ignore_errors=True)
 
     async def _feed_load(self, process: asyncio.subprocess.Process, pipe: asyncio.StreamWriter) -> None:
-        """Tell the publisher how many requests the engine has, whenever that changes."""
+        """Tell the publisher how many requests the engine has, and of those that have ended, whenever that changes."""
         requests = self._engine_client().output_processor
         told = None
         while process.returncode is None:
-            now = requests.get_num_unfinished_requests()
-            if now != told:
-                pipe.write(b"%d\n" % now)
+            now, served = requests.get_num_unfinished_requests(), self._ended.take()
+            if now != told or served:
+                pipe.write(msgspec.json.encode(Feed(now, served)) + b"\n")
                 await pipe.drain()
                 told = now
             await asyncio.sleep(LOAD_POLL_S)
@@ -133,6 +139,35 @@ class VLLMReplica(LLMServer):
             if task is not None:
                 task.cancel()
         await super().__del__()
+
+
+class _EndedRequests(StatLoggerBase):  # type: ignore[misc]  # vLLM is not followed by mypy
+    """vLLM's stat logger interface: takes the figures of requests that have ended."""
+
+    def __init__(self) -> None:  # vLLM makes none of these itself
+        self._served: list[Served] = []
+
+    def record(
+        self, scheduler_stats: Any, iteration_stats: Any, mm_cache_stats: Any = None, engine_idx: int = 0
+    ) -> None:
+        for ended in iteration_stats.finished_requests if iteration_stats is not None else ():
+            self._served.append(
+                Served(
+                    ended.request_id or "",
+                    ended.num_prompt_tokens,
+                    ended.num_cached_tokens,
+                    ended.queued_time,
+                    ended.prefill_time,
+                )
+            )
+
+    def log_engine_initialized(self) -> None:
+        pass
+
+    def take(self) -> list[Served]:
+        """Those since the last call."""
+        served, self._served = self._served, []
+        return served
 
 
 def _frontend_kwargs(llm_config: Any) -> dict[str, Any]:

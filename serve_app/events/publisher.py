@@ -15,7 +15,7 @@ from __future__ import annotations
 import logging
 import os
 import time
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Iterable
 from typing import Protocol
 
@@ -27,17 +27,20 @@ from serve_app.events.engine_blocks import Added, Change, Cleared, EngineBlocks,
 from serve_app.events.lmcache_source import LMCacheSource, decode_records
 from serve_app.events.source import EventSource, Received
 from serve_app.events.wire import AllBlocksCleared, BlockStored, Event, decode_batch
+from serve_app.index.faults import FaultLog
 from serve_app.index.keyspace import HeartbeatRecord
 from serve_app.index.redis_writer import LEASE_TTL_S, RedisWriter
-from serve_app.types import CPU, Domain, DomainId, EngineSpec, Epoch, ModelId, PodId
+from serve_app.types import CPU, Domain, DomainId, EngineSpec, Epoch, ModelId, PodId, Served
 
 logger = logging.getLogger(__name__)
 
 HEARTBEAT_S = LEASE_TTL_S / 3
 LOAD_REPORT_S = 0.05  # at most one load report in this time, at least one per HEARTBEAT_S
 RETRY_S = 0.5
+RETRY_REFUSED_MAX_S = 8.0  # while Redis answers and refuses, every attempt sends the whole set: then ever less often
 _POLL_MS = 50
 _BATCHES_PER_FLUSH = 2000
+SERVED_MAX = 1000  # requests whose figures wait for Redis; older ones are dropped: they are statistics
 
 
 class LMCacheStream(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -71,8 +74,18 @@ class PublisherConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         return DomainId(self.pod), None if self.lmcache else PodId(self.pod)
 
 
+class Feed(msgspec.Struct, frozen=True):
+    """What the engine's process says of its requests, a JSON line each."""
+
+    in_flight: int  # requests that it has now
+    served: list[Served] = []  # requests that have ended since the line before
+
+
 class StopSignal(Protocol):
     def is_set(self) -> bool: ...
+
+
+_decode_feed = msgspec.json.Decoder(Feed).decode
 
 
 class Publisher:
@@ -80,8 +93,8 @@ class Publisher:
 
     Args:
         config: engine, Redis, and the names under which to publish.
-        feed: file descriptor from which lines come, each the number of requests that the engine now has; its end
-            means that the engine's process is gone. None: nobody tells.
+        feed: file descriptor from which lines come, each a `Feed` as JSON; its end means that the engine's process is
+            gone. None: nobody tells.
     """
 
     def __init__(self, config: PublisherConfig, feed: int | None = None) -> None:
@@ -98,10 +111,13 @@ class Publisher:
         self._domain: Domain | None = None  # as it is in Redis; None: join (again)
         self._last_epoch = 0
         self._in_flight: int | None = None
+        self._served: deque[Served] = deque(maxlen=SERVED_MAX)  # not yet reported
         self._reported_in_flight: int | None = None
         self._reported_at_s = self._heartbeat_at_s = self._retry_at_s = 0.0
         self._applied = self._lost = self._joins = 0
         self._skipped: Counter[str] = Counter()
+        self._retry_s = RETRY_S
+        self._faults = FaultLog(logger, "publishing everything again when it does as it is asked")
         self._poller = zmq.Poller()
         self._poller.register(self._source.socket, zmq.POLLIN)
         self._poller.register(self._source.monitor, zmq.POLLIN)
@@ -135,10 +151,10 @@ class Publisher:
                 self._writer.flush()
                 self._beat(now)
         except StoreError as error:
-            if self._domain is not None:
-                logger.warning("redis: %s; publishing everything again when it answers", error)
+            self._faults.failed(error)
             self._domain = None
-            self._retry_at_s = time.monotonic() + RETRY_S
+            self._retry_at_s = time.monotonic() + self._retry_s
+            self._retry_s = min(2 * self._retry_s, RETRY_REFUSED_MAX_S) if error.refused else RETRY_S
         return True
 
     def _take(self, batches: Iterable[Received]) -> None:
@@ -222,6 +238,8 @@ class Publisher:
         self._joins += 1
         self._heartbeat_at_s = 0.0
         self._beat(now_s)
+        self._retry_s = RETRY_S
+        self._faults.healed()
         logger.info("joined %s as %s with %d blocks", config.model, config.pod, len(self._blocks))
 
     def _beat(self, now_s: float) -> None:
@@ -248,18 +266,21 @@ class Publisher:
     def _report_load(self, now_s: float) -> None:
         if self._domain is None or self._in_flight is None:
             return
-        changed = self._in_flight != self._reported_in_flight
+        changed = self._in_flight != self._reported_in_flight or bool(self._served)
         if now_s >= self._reported_at_s + (LOAD_REPORT_S if changed else HEARTBEAT_S):
             self._reported_at_s = now_s
             self._reported_in_flight = self._in_flight
-            self._writer.report_load(self._domain.id, self._domain.epoch, self._in_flight)
+            self._writer.report_load(self._domain.id, self._domain.epoch, self._in_flight, self._served)
+            self._served.clear()
 
     def _read_feed(self) -> bool:
         assert self._feed is not None
         data = os.read(self._feed, 65536)
         *lines, self._feed_rest = (self._feed_rest + data).split(b"\n")
-        if lines:
-            self._in_flight = int(lines[-1])
+        for line in lines:
+            feed = _decode_feed(line)
+            self._in_flight = feed.in_flight
+            self._served.extend(feed.served)
         return bool(data)
 
     def _leave(self) -> None:

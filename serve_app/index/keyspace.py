@@ -3,7 +3,10 @@
     kv:{m}:domains                          hash    domain id -> DomainRecord
     kv:{m}:lease:<domain>                   string  HeartbeatRecord, with expiry; gone = the domain is dead
     kv:{m}:blocks:<domain>:<epoch>:<tier>   set     8-byte block keys: the state that a new follower loads
+    kv:{m}:seqs                             hash    domain id -> epoch and number of its last entry in the log
     kv:{m}:log                              stream  one LogRecord per entry, under the field `r`
+    kv:{m}:routers                          zset    router id -> seconds since 1970 when it was last there
+    kv:{m}:receipts                         stream  one receipt per entry (JSON), under the field `r`, the last thousand
 
 `{m}` is a hash tag: all keys of a model are in one slot of a Redis Cluster, so transactions work there.
 Records are msgpack arrays; fields are only ever added at the end, with defaults.
@@ -13,7 +16,7 @@ from __future__ import annotations
 
 import msgspec
 
-from serve_app.types import Domain, DomainId, EngineSpec, Epoch, ModelId, PodId, Tier
+from serve_app.types import Domain, DomainId, EngineSpec, Epoch, ModelId, PodId, Served, Tier
 
 LOG_FIELD = b"r"
 
@@ -82,16 +85,26 @@ class HeartbeatRecord(msgspec.Struct, array_like=True, frozen=True):
 
 
 class LogRecord(msgspec.Struct, array_like=True, frozen=True):
-    """One change. `op` is join | add | remove | clear | leave | load."""
+    """One change. `op` is join | add | remove | clear | leave; or load | route, which are no state of a domain."""
 
     op: str
     domain: str
     epoch: int
-    seq: int = 0  # per domain and epoch, no gaps, 1 is the join; 0 for `load`, which is no state
+    seq: int = 0  # per domain and epoch, no gaps, 1 is the join; 0 for what is no state
     tier: str = ""
     keys: bytes = b""  # packed block keys
     record: DomainRecord | None = None  # with `join`
     in_flight: int = 0  # with `load`
+    served: tuple[Served, ...] = ()  # with `load`: requests that have ended since the one before
+    router: str = ""  # with `route`: who routed; `domain` is the pod, `keys` are blocks that it did not hold
+    tokens: int = 0  # with `route`: prefill that it has to do
+
+
+class SeqRecord(msgspec.Struct, array_like=True, frozen=True):
+    """The state is what the log says up to here. Written with every transaction, so that what is lost is noticed."""
+
+    epoch: int
+    seq: int
 
 
 class Keyspace:
@@ -100,7 +113,10 @@ class Keyspace:
     def __init__(self, model: ModelId) -> None:
         self._prefix = f"kv:{{{model}}}"
         self.domains = f"{self._prefix}:domains"
+        self.seqs = f"{self._prefix}:seqs"
         self.log = f"{self._prefix}:log"
+        self.routers = f"{self._prefix}:routers"
+        self.receipts = f"{self._prefix}:receipts"
 
     def lease(self, domain: DomainId) -> str:
         return f"{self._prefix}:lease:{domain}"
@@ -112,4 +128,5 @@ class Keyspace:
 encode = msgspec.msgpack.encode
 decode_domain = msgspec.msgpack.Decoder(DomainRecord).decode
 decode_heartbeat = msgspec.msgpack.Decoder(HeartbeatRecord).decode
+decode_seq = msgspec.msgpack.Decoder(SeqRecord).decode
 decode_log = msgspec.msgpack.Decoder(LogRecord).decode

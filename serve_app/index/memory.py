@@ -185,6 +185,16 @@ class MemoryIndex:
                     found[live.pod_of[bit]] = match
         return found
 
+    def held(self, pods: Sequence[PodId], keys: BlockKeys) -> list[bool]:
+        """Whether each pod holds, in any tier, the block beside it; as many pods as keys."""
+        bits = [self._live.bit_of.get(pod, 0) for pod in pods]
+        found = [False] * len(bits)
+        for table in self._tiers.values():
+            for i, words in enumerate(table.masks(keys).tolist()):
+                mask = sum(word << j * _WORD_BITS for j, word in enumerate(words))
+                found[i] = found[i] or bool(mask & bits[i])
+        return found
+
     def _fill(
         self,
         found: dict[PodId, PodMatch],

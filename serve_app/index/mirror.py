@@ -15,21 +15,24 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 import redis
 
 from serve_app.index.connection import connect, redact
+from serve_app.index.faults import FaultLog, store_error
 from serve_app.index.keyspace import (
     LOG_FIELD,
     HeartbeatRecord,
     Keyspace,
     LogRecord,
+    SeqRecord,
     decode_domain,
     decode_heartbeat,
     decode_log,
+    decode_seq,
     encode,
 )
 from serve_app.index.memory import DEFAULT_MAX_BLOCKS, MemoryIndex
@@ -44,6 +47,8 @@ from serve_app.types import (
     PodId,
     PodLoad,
     PodMatch,
+    Routed,
+    Served,
     Tier,
 )
 
@@ -55,6 +60,10 @@ READ_COUNT = 1000  # entries per XREAD
 SCAN_COUNT = 10_000  # keys per SSCAN
 BURY_AFTER_S = 60.0  # a domain without a lease for so long is dropped from Redis
 RETRY_S = 0.5
+_LOG_START = "0-0"
+NEWS_MAX = 10_000  # what nobody asks for is dropped, oldest first
+
+_Item = TypeVar("_Item")
 
 
 class _LogGapError(Exception):
@@ -82,16 +91,19 @@ class Mirror:
         bury: bool = False,
     ) -> None:
         self._url = url
-        self._redis = connect(url, name="kvcache-mirror")
         self._keys = Keyspace(model)
+        self._redis = connect(url, name="kvcache-mirror", slot_of=self._keys.log)
+        self._faults = FaultLog(logger, f"going on with the index of {redact(url)} as it is")
         self._max_blocks = max_blocks
         self._tier_order = tuple(tier_order)
         self._index = self._new_index()
         self._bury = bury
         self._position: str | None = None  # id of the last log entry applied; None: nothing is loaded
-        self._seq: dict[DomainId, int] = {}
+        self._seq: dict[DomainId, tuple[Epoch, int]] = {}  # of the last entry applied
         self._lease_lost_at_s: dict[DomainId, float] = {}
         self._loads: dict[PodId, PodLoad] = {}
+        self._served: deque[tuple[PodId, Sequence[Served]]] = deque(maxlen=NEWS_MAX)
+        self._routed: deque[tuple[str, Routed]] = deque(maxlen=NEWS_MAX)
         self._heartbeats: dict[DomainId, HeartbeatRecord] = {}
         self._fresh_at_s: float | None = None  # monotonic; None: never loaded
         self._lag_s = 0.0
@@ -124,6 +136,10 @@ class Mirror:
     ) -> Mapping[PodId, PodMatch]:
         return self._index.match(keys, pods, count_hits=count_hits)
 
+    def held(self, pods: Sequence[PodId], keys: BlockKeys) -> list[bool]:
+        """Whether each pod holds the block beside it."""
+        return self._index.held(pods, keys)
+
     def pods(self) -> list[PodId]:
         return self._index.pods()
 
@@ -141,6 +157,14 @@ class Mirror:
 
     def load(self, pod: PodId) -> PodLoad | None:
         return self._loads.get(pod)
+
+    def served(self) -> list[tuple[PodId, Sequence[Served]]]:
+        """Requests that have ended, by pod, since this was asked last. For one reader."""
+        return _drain(self._served)
+
+    def routed(self) -> list[tuple[str, Routed]]:
+        """What routers have sent where, each with the router's id, since this was asked last. For one reader."""
+        return _drain(self._routed)
 
     def block_counts(self) -> Mapping[Tier, int]:
         return self._index.block_counts()
@@ -161,27 +185,21 @@ class Mirror:
     # -- thread ---------------------------------------------------------------------------------------------------
 
     def _run(self) -> None:
-        failing = False
         while not self._stop.is_set():
             try:
                 if self._position is None:
                     self._load()
                 self._check()
                 self._follow()
-                if failing:
-                    logger.info("redis %s answers again", redact(self._url))
-                failing = False
+                self._faults.healed()
             except _LogGapError as gap:
                 logger.warning("index of %s is loaded again: %s", self._keys.log, gap)
                 self.counters["gaps"] += 1
                 self._position = None
             except (redis.RedisError, OSError) as error:
-                if not failing and self._ready.is_set():
-                    logger.warning("redis %s: %s; going on with the index as it is", redact(self._url), error)
-                elif not failing:
-                    logger.info("waiting for redis %s", redact(self._url))
-                failing = True
+                self._faults.failed(store_error(error, self._keys))
                 self.counters["errors"] += 1
+                self._check_at_s = 0.0  # what answers next may be another server: see that it has the log we read
                 self._stop.wait(RETRY_S)
             except Exception:
                 logger.exception("mirror of %s: loading again", self._keys.log)
@@ -194,8 +212,11 @@ class Mirror:
 
     def _load(self) -> None:
         """Build a new index from the sets and put it in the place of the old one."""
-        last: Any = self._redis.xrevrange(self._keys.log, count=1)
-        position = last[0][0].decode() if last else "0-0"
+        with self._redis.pipeline(transaction=True) as pipeline:
+            pipeline.xrevrange(self._keys.log, count=1)
+            pipeline.hgetall(self._keys.seqs)
+            last, seqs = pipeline.execute()
+        position = last[0][0].decode() if last else _LOG_START
         index = self._new_index()
         records: Any = self._redis.hgetall(self._keys.domains)
         for raw_id, raw in records.items():
@@ -205,7 +226,7 @@ class Mirror:
             for tier in record.tiers:
                 for keys in self._scan(self._keys.blocks(domain.id, domain.epoch, Tier(tier))):
                     index.add(domain.id, domain.epoch, Tier(tier), keys)
-        self._seq = {}
+        self._seq = {DomainId(raw_id.decode()): _seq(decode_seq(raw)) for raw_id, raw in seqs.items()}
         self._check_leases(index)
         self._index = index
         self._position = position
@@ -221,7 +242,7 @@ class Mirror:
             yield b"".join(keys)
 
     def _follow(self) -> None:
-        answer: Any = self._redis.xread({self._keys.log: self._position or "0-0"}, READ_COUNT, READ_BLOCK_MS)
+        answer: Any = self._redis.xread({self._keys.log: self._position or _LOG_START}, READ_COUNT, READ_BLOCK_MS)
         self._fresh_at_s = time.monotonic()
         entries = _entries(answer)
         for entry_id, fields in entries:
@@ -250,15 +271,23 @@ class Mirror:
                 self._forget(domain)
             case "load":
                 self._note_load(domain, record.in_flight)
+                if record.served:
+                    self._served.append((PodId(record.domain), record.served))
+            case "route":
+                route = Routed(PodId(record.domain), record.keys, record.tokens, time.monotonic())
+                self._routed.append((record.router, route))
             case _:
                 self.counters["unknown_op"] += 1
 
     def _expect(self, domain: DomainId, record: LogRecord) -> None:
-        """Entries of a domain are numbered without gaps; the first one after a load is taken as it is."""
-        last = self._seq.get(domain)
-        self._seq[domain] = record.seq
-        if record.op != "join" and last is not None and record.seq > last + 1:
-            raise _LogGapError(f"{domain}: entry {last + 1} to {record.seq - 1} are missing")
+        """Entries of an epoch are numbered without gaps, from its join on; the load has said where we are."""
+        last, now = self._seq.get(domain), (Epoch(record.epoch), record.seq)
+        if last is None or record.op == "join":
+            self._seq[domain] = now
+        elif now[0] > last[0] or (now[0] == last[0] and now[1] > last[1] + 1):
+            raise _LogGapError(f"{domain}: entries between {last} and {now} (epoch, number) are missing")
+        else:
+            self._seq[domain] = max(last, now)
 
     def _check(self) -> None:
         """Once per period: leases, and whether the log still has what we have not read."""
@@ -288,18 +317,12 @@ class Mirror:
                 self._note_load(domain.id, heartbeat.in_flight)
 
     def _check_log(self) -> None:
-        if not self._redis.exists(self._keys.log):
-            if self._index.domains():
-                raise _LogGapError("the log is gone")
+        """The entry that was applied last is still there: it is the log that we read, and nothing after it is gone."""
+        position = self._position or _LOG_START
+        if position == _LOG_START:
             return
-        info: Any = self._redis.xinfo_stream(self._keys.log)
-        position = _id(self._position or "0-0")
-        if _id(info["last-generated-id"]) < position:
-            raise _LogGapError("the log went backwards")
-        first = info.get("first-entry")
-        trimmed = info["entries-added"] > info["length"]
-        if first and trimmed and position < _id(first[0]):
-            raise _LogGapError("the log was trimmed past what was read")
+        if not self._redis.xrevrange(self._keys.log, position, position, count=1):
+            raise _LogGapError("it was trimmed past what was read, or Redis lost data")
 
     def _bury_dead(self, now_s: float) -> None:
         """Delete what is left of domains that died without a word: only if the lease is still gone."""
@@ -319,6 +342,7 @@ class Mirror:
                     for tier in record.tiers:
                         pipeline.unlink(self._keys.blocks(domain.id, Epoch(record.epoch), Tier(tier)))
                     pipeline.hdel(self._keys.domains, domain.id)
+                    pipeline.hdel(self._keys.seqs, domain.id)
                 pipeline.xadd(self._keys.log, {LOG_FIELD: encode(LogRecord("leave", domain.id, domain.epoch))})
                 pipeline.execute()
 
@@ -333,6 +357,11 @@ class Mirror:
         self._seq.pop(domain, None)
 
 
+def _drain(queue: deque[_Item]) -> list[_Item]:
+    """All items; the thread may append meanwhile."""
+    return [queue.popleft() for _ in range(len(queue))]
+
+
 def _entries(answer: Any) -> list[tuple[bytes, dict[bytes, bytes]]]:
     """Entries of the one stream that was read: RESP2 answers with a list of pairs, RESP3 with a map."""
     if not answer:
@@ -343,7 +372,5 @@ def _entries(answer: Any) -> list[tuple[bytes, dict[bytes, bytes]]]:
     return list(answer[0][1])
 
 
-def _id(raw: bytes | str) -> tuple[int, int]:
-    text = raw.decode() if isinstance(raw, bytes) else raw
-    ms, _, n = text.partition("-")
-    return int(ms), int(n or 0)
+def _seq(record: SeqRecord) -> tuple[Epoch, int]:
+    return Epoch(record.epoch), record.seq

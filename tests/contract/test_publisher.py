@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import signal
 import subprocess
 import sys
@@ -14,10 +15,10 @@ import redis
 from vllm.distributed.kv_events import AllBlocksCleared, BlockRemoved, BlockStored, KVEventBatch, ZmqEventPublisher
 
 from serve_app.blocks import block_keys, namespace_key, pack_tokens
-from serve_app.events.publisher import PublisherConfig
+from serve_app.events.publisher import Feed, PublisherConfig
 from serve_app.events.source import EventSource
 from serve_app.index.mirror import Mirror
-from serve_app.types import BlockKeys, ModelId, PodId
+from serve_app.types import BlockKeys, ModelId, PodId, Served
 from tests.helpers import eventually
 
 MODEL = ModelId("test-model")
@@ -109,7 +110,7 @@ def mirror(redis_url: str) -> Iterator[Mirror]:
 class PublisherProcess:
     """`python -m serve_app.events`, as a replica runs it."""
 
-    def __init__(self, engine: Engine, redis_url: str, block_size: int = SIZE) -> None:
+    def __init__(self, engine: Engine, redis_url: str, block_size: int = SIZE, log: Path | None = None) -> None:
         config = PublisherConfig(
             redis_url=redis_url,
             model=MODEL,
@@ -118,7 +119,9 @@ class PublisherProcess:
             replay_endpoint=engine.replay_endpoint,
             block_size=block_size,
         )
-        self.process = subprocess.Popen([sys.executable, "-m", "serve_app.events"], stdin=subprocess.PIPE)
+        command = [sys.executable, "-m", "serve_app.events"]
+        with log.open("wb") if log else contextlib.nullcontext() as stderr:
+            self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stderr=stderr)
         self.tell(msgspec.json.encode(config))
 
     def tell(self, line: bytes) -> None:
@@ -173,9 +176,13 @@ def test_a_publisher_that_starts_late_publishes_what_was_before(engine: Engine, 
 
 
 def test_load_reports_reach_the_mirror(publisher: PublisherProcess, mirror: Mirror) -> None:
-    publisher.tell(b"3")
+    served = Served("cmpl-x-0", 900, 320, 0.01, 0.25)
+    publisher.tell(msgspec.json.encode(Feed(3)))
     eventually(lambda: (load := mirror.load(POD)) is not None and load.in_flight == 3)
-    publisher.tell(b"4\n0")
+    publisher.tell(msgspec.json.encode(Feed(4)) + b"\n" + msgspec.json.encode(Feed(0, [served])))
+    got: list[object] = []
+    eventually(lambda: got.extend(mirror.served()) or got)  # type: ignore[func-returns-value]
+    assert got == [(POD, (served,))]
     eventually(lambda: (load := mirror.load(POD)) is not None and load.in_flight == 0)
 
 

@@ -207,6 +207,32 @@ def test_models_and_tokenize_are_vllms(http: httpx.Client) -> None:
     assert http.post("/tokenize", json={"model": MODEL, "prompt": "hello"}).json()["count"] >= 1
 
 
+def test_a_receipt_tells_what_was_known_and_what_came_of_it(http: httpx.Client, openai_client: openai.OpenAI) -> None:
+    messages = [{"role": "user", "content": story("Lou")}]
+    first, _ = ask(openai_client, messages)
+    body = {"model": MODEL, "messages": messages}
+    eventually(lambda: score(http, body)["scores"][first] > 100)
+    expected = score(http, {**body, "strategy": "expected_ttft"})
+    assert max(expected["scores"], key=expected["scores"].__getitem__) == first
+    assert expected["pods"][first]["cost_s"]["compute_s"] < max(
+        p["cost_s"]["compute_s"] for p in expected["pods"].values()
+    )
+    replica, answer = ask(openai_client, messages, extra_headers={"x-request-id": "lou-again"})
+    assert replica == first
+
+    def receipts() -> list[dict[str, Any]]:
+        return [one for one in http.get("/kvcache/v1/receipts").json() if one["request_id"] == "lou-again"]
+
+    eventually(receipts, 10)
+    (receipt,) = receipts()
+    cached = answer.usage.prompt_tokens_details.cached_tokens
+    assert (receipt["chosen"], receipt["outcome"], receipt["reason"]) == (replica, "hit", "prefix")
+    assert receipt["predicted_cached_tokens"] == receipt["actual"]["cached_tokens"] == cached
+    assert receipt["prompt_tokens"] == receipt["actual"]["prompt_tokens"] == answer.usage.prompt_tokens
+    assert receipt["actual"]["prefill_s"] > 0
+    assert len(receipt["replicas"]) == 2
+
+
 def test_long_bodies(http: httpx.Client, openai_client: openai.OpenAI) -> None:
     """1 MiB is routed by its prefix; 9 MiB is more than the router gets to see, and is answered all the same."""
     messages = [{"role": "user", "content": story("Gil")}]
@@ -239,6 +265,9 @@ def test_metrics_are_on_rays_prometheus_endpoint(stack: local_stack.Running) -> 
         'kvcache_index_blocks{.*tier="gpu"',
         "kvcache_index_log_lag_seconds{",
         'kvcache_publisher_events_total{.*result="applied"',
+        'kvcache_router_cached_tokens_total{.*kind="actual"',
+        "kvcache_router_prediction_error_tokens_bucket{",
+        "kvcache_router_ttft_seconds_bucket{",
     ):
         eventually(lambda name=name: re.search(name, exported()), 30)
 

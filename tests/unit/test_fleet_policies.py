@@ -7,8 +7,8 @@ import random
 import pytest
 
 from benchmarks.fleet.policies import ConsistentHash, FleetInfo, LeastLoaded, PowerOfTwo, RoundRobin
-from benchmarks.fleet.policies_cache import SelectorPolicy
 from benchmarks.fleet.policies_dynamo import ActiveRequests, DynamoKvRouter
+from benchmarks.fleet.policies_ours import ChooserPolicy
 from benchmarks.fleet.policies_ray import PrefixCacheAffinity, PrefixTree
 from benchmarks.fleet.registry import POLICIES
 from benchmarks.fleet.requests import FleetView
@@ -51,10 +51,10 @@ def test_baselines() -> None:
     assert hashed.route(request, 0.0, moved) != home
 
 
-def test_selector_goes_to_the_longest_prefix() -> None:
+def test_ours_goes_to_the_longest_prefix() -> None:
     builder = Builder(Keys())
     request = builder.request(0.0, (), 160, 5, 0)
-    policy = SelectorPolicy(FLEET, random.Random(0))
+    policy = ChooserPolicy(FLEET, random.Random(0))
     policy.on_stored(2, b"".join(request.prompt_keys[:4]), 0.0)
     policy.on_stored(1, b"".join(request.prompt_keys[:6]), 0.0)
     assert policy.route(request, 0.0, view(0, 5, 0, 0)) == 1

@@ -66,7 +66,7 @@ def test_every_policy_gets_the_same_requests() -> None:
             sessions.setdefault(request.session, []).append((request.prompt_tokens, request.output_tokens))
         return sessions
 
-    assert requests("round_robin") == requests("selector")
+    assert requests("round_robin") == requests("ours")
 
 
 def test_a_turn_follows_the_answer() -> None:
@@ -155,10 +155,10 @@ def test_a_full_queue_sends_requests_elsewhere_and_back_later() -> None:
 
 def test_better_information_gives_more_hits() -> None:
     hits = {}
-    for policy in ("round_robin", "selector", "oracle"):
+    for policy in ("round_robin", "ours", "oracle"):
         run = simulate(ladder(), policy, SimulationConfig(replicas=3, replica=ReplicaConfig(kv_tokens=16 * 160)))
         hits[policy] = summarise(run, STAGES, 2.0)["overall"]["hit_rate"]
-    assert hits["round_robin"] < hits["selector"] <= hits["oracle"]
+    assert hits["round_robin"] < hits["ours"] <= hits["oracle"]
 
 
 def test_summary_by_hand() -> None:

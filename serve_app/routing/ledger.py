@@ -10,29 +10,30 @@ until the pod's own BlockStored events tell of its last block, or its time is ov
     routed to a: 6 blocks, of which a held 2      queued at a: 4 blocks      speculative at a: 6 blocks
     a stores block 6                              queued at a: 0             (the index has them now)
 
-Pure; the clock is an argument. Speculative blocks are kept in two tables that take turns, so that old ones go away
-without being removed one by one.
+Speculative blocks are kept in two tables that take turns, so that old ones go away without being removed one by one.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from serve_app.blocks import KEY_BYTES
 from serve_app.index.table import BlockTable
-from serve_app.types import BlockKeys, PodId
+from serve_app.routing.in_flight import REPORT_DELAY_S
+from serve_app.types import BlockKeys, PodId, PodLoad
 
-FORGET_S = 30.0  # an entry that nothing was heard of for so long is closed
-SPECULATE_S = 5.0  # a block that was routed counts for so long at least, twice as long at most, unless still queued
-_WORD_BITS = 64
+FORGET_S = 120.0  # an entry that nothing was heard of for so long is closed
+SPECULATE_S = 2.0  # a block that was routed counts for so long at least, twice as long at most, unless still queued
 
-Held = Callable[[PodId, BlockKeys], Sequence[bool]]
-"""Whether a pod holds each of the blocks, in any tier."""
+Held = Callable[[Sequence[PodId], BlockKeys], Sequence[bool]]
+"""Whether each pod holds the block beside it, in any tier."""
 
 
-@dataclass(frozen=True, slots=True)
-class _Entry:
+@dataclass(frozen=True, slots=True, eq=False)
+class Entry:
+    """One routed request."""
+
     pod: PodId
     keys: BlockKeys
     tokens: int  # that the pod has to compute
@@ -40,44 +41,52 @@ class _Entry:
 
 
 class Ledger:
-    """One router's. Used on one event loop."""
+    """Used on one event loop."""
 
     def __init__(self) -> None:
-        self._entries: dict[PodId, list[_Entry]] = {}
+        self._entries: dict[PodId, list[Entry]] = {}
         self._queued: dict[PodId, int] = {}
         self._bits: dict[PodId, int] = {}
         self._tables = (BlockTable(), BlockTable())  # new ones, and those of the time before
         self._turn_at_s = 0.0
 
-    def sent(self, pod: PodId, keys: BlockKeys, tokens: int, now_s: float) -> None:
+    def sent(self, pod: PodId, keys: BlockKeys, tokens: int, now_s: float) -> Entry:
         """A request was routed to `pod`, which has to compute `tokens` of it."""
         if now_s >= self._turn_at_s:
             self._turn(now_s)
-        entry = _Entry(pod, keys, tokens, now_s)
+        entry = Entry(pod, keys, tokens, now_s)
         self._entries.setdefault(pod, []).append(entry)
         self._queued[pod] = self._queued.get(pod, 0) + tokens
         if keys:
             self._tables[0].add(keys, self._bit(pod))
+        return entry
+
+    def withdraw(self, entry: Entry) -> None:
+        """It has not gone there after all. (Its blocks stay speculative for a moment: others may have them too.)"""
+        entries = self._entries.get(entry.pod, [])
+        if entry in entries:
+            entries.remove(entry)
+            self._queued[entry.pod] -= entry.tokens
 
     def settle(self, held: Held, now_s: float) -> None:
         """Close the entries whose last block is stored, and those whose time is over."""
-        for pod, entries in self._entries.items():
-            if not entries:
-                continue
-            last = b"".join(entry.keys[-KEY_BYTES:] for entry in entries if entry.keys)
-            stored = iter(held(pod, last))
-            left = [
-                entry for entry in entries if not (entry.keys and next(stored)) and now_s - entry.sent_at_s < FORGET_S
-            ]
-            if len(left) < len(entries):
-                self._entries[pod] = left
-                self._queued[pod] = sum(entry.tokens for entry in left)
+        with_keys = [entry for entries in self._entries.values() for entry in entries if entry.keys]
+        last = b"".join(entry.keys[-KEY_BYTES:] for entry in with_keys)
+        stored = held([entry.pod for entry in with_keys], last) if with_keys else ()
+        done = {id(entry) for entry, is_stored in zip(with_keys, stored, strict=True) if is_stored}
+        self._keep(lambda entry: id(entry) not in done and now_s - entry.sent_at_s < FORGET_S)
+
+    def reported(self, pod: PodId, load: PodLoad) -> None:
+        """No more entries can be open than the pod has requests: the oldest beyond are done, or never came."""
+        known_until_s = load.received_at_s - REPORT_DELAY_S
+        entries = self._entries.get(pod, ())
+        excess = sum(entry.sent_at_s <= known_until_s for entry in entries) - load.in_flight
+        if excess > 0:
+            gone = {id(entry) for entry in entries[:excess]}
+            self._keep(lambda entry: id(entry) not in gone, [pod])
 
     def queued_tokens(self, pod: PodId) -> int:
         return self._queued.get(pod, 0)
-
-    def open_requests(self, pod: PodId) -> int:
-        return len(self._entries.get(pod, ()))
 
     def speculative_blocks(self, keys: BlockKeys, matched: Mapping[PodId, int]) -> dict[PodId, int]:
         """How many blocks from the prompt's beginning each pod will hold; `matched` is what it holds now.
@@ -101,14 +110,22 @@ class Ledger:
                                 found[pods[bit]] = max(end, found.get(pods[bit], 0))
         return found
 
-    def keep_only(self, pods: Sequence[PodId]) -> None:
-        for pod in self._entries.keys() - set(pods):
-            del self._entries[pod]
+    def keep_only(self, pods: Iterable[PodId]) -> None:
+        for pod in (self._entries.keys() | self._bits.keys()) - set(pods):
+            self._entries.pop(pod, None)
             self._queued.pop(pod, None)
             bit = self._bits.pop(pod, None)
             if bit is not None:
                 for table in self._tables:
                     table.erase(bit)
+
+    def _keep(self, wanted: Callable[[Entry], bool], pods: Iterable[PodId] | None = None) -> None:
+        for pod in list(self._entries if pods is None else pods):
+            entries = self._entries[pod]
+            left = [entry for entry in entries if wanted(entry)]
+            if len(left) < len(entries):
+                self._entries[pod] = left
+                self._queued[pod] = sum(entry.tokens for entry in left)
 
     def _turn(self, now_s: float) -> None:
         """Start a new table; what is still open goes on to count."""

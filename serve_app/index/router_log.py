@@ -1,0 +1,138 @@
+"""What a router writes: that it is there, what it has routed (for other routers), and receipts (for people).
+
+In: calls on an event loop, which never wait. Out: a thread writes them to Redis every `PERIOD_S`. All of it may be
+lost without harm to a decision: when Redis is away or the user has no right to write, it is dropped and counted.
+
+Routes go to the log that all mirrors follow, and only while another router is there: each says which pod got how much
+prefill and the keys of the blocks that it did not hold. Source of the idea: DESIGN.md, "Choosing a replica".
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections import Counter, deque
+from typing import Any
+
+import redis
+
+from serve_app.errors import StoreError
+from serve_app.index.connection import connect, redact
+from serve_app.index.keyspace import LOG_FIELD, Keyspace, LogRecord, encode
+from serve_app.index.redis_writer import LOG_MAX_ENTRIES
+from serve_app.types import ModelId, Routed
+
+logger = logging.getLogger(__name__)
+
+PERIOD_S = 0.02
+ANNOUNCE_S = 1.0
+GONE_S = 4.0  # a router that has not announced itself for so long
+RECEIPTS_MAX = 1000  # kept in Redis
+_QUEUE_MAX = 5000
+
+
+class RouterLog:
+    """One router's. `start` it once, `close` it at the end.
+
+    Args:
+        url: Redis URL; the user may XADD to the log and the receipts, and write the set of routers.
+        router: id of this router.
+    """
+
+    def __init__(self, url: str, model: ModelId, router: str) -> None:
+        self._url = url
+        self._keys = Keyspace(model)
+        self._redis = connect(url, name="kvcache-router", slot_of=self._keys.log)
+        self._router = router
+        self._routes: deque[Routed] = deque(maxlen=_QUEUE_MAX)
+        self._receipts: deque[bytes] = deque(maxlen=_QUEUE_MAX)
+        self._announce_at_s = 0.0
+        self.shared = False  # another router is there
+        self.counters: Counter[str] = Counter()  # routes and receipts written, errors
+        self._stop = threading.Event()
+        self._wake = threading.Event()
+        self._thread = threading.Thread(target=self._run, name="kvcache-router-log", daemon=True)
+
+    def start(self) -> None:
+        self._thread.start()
+
+    def close(self) -> None:
+        self._stop.set()
+        self._wake.set()
+        if self._thread.is_alive():
+            self._thread.join(timeout=2 * ANNOUNCE_S)
+        self._redis.close()
+
+    def routed(self, route: Routed) -> None:
+        """Tell the other routers, if there are any."""
+        if self.shared:
+            self._routes.append(route)
+            self._wake.set()
+
+    def receipt(self, encoded: bytes) -> None:
+        """Keep a receipt (JSON) where people find it."""
+        self._receipts.append(encoded)
+        self._wake.set()
+
+    def _run(self) -> None:
+        failing = False
+        while not self._stop.is_set():
+            self._wake.wait(ANNOUNCE_S)
+            self._wake.clear()
+            try:
+                self._write()
+                failing = False
+            except (redis.RedisError, OSError) as error:
+                self.counters["errors"] += 1
+                if not failing:
+                    logger.warning(
+                        "redis %s: %s; routers do not hear of each other, and receipts are not kept",
+                        redact(self._url),
+                        error,
+                    )
+                failing = True
+                self.shared = False
+                self._routes.clear()
+                self._receipts.clear()
+                self._stop.wait(ANNOUNCE_S)
+            self._stop.wait(PERIOD_S)
+
+    def _write(self) -> None:
+        with self._redis.pipeline(transaction=False) as pipeline:
+            for _ in range(len(self._routes)):
+                route = self._routes.popleft()
+                record = LogRecord("route", route.pod, 0, keys=route.keys, router=self._router, tokens=route.tokens)
+                pipeline.xadd(self._keys.log, {LOG_FIELD: encode(record)}, maxlen=LOG_MAX_ENTRIES, approximate=True)
+                self.counters["routes"] += 1
+            for _ in range(len(self._receipts)):
+                fields: dict[bytes, bytes] = {LOG_FIELD: self._receipts.popleft()}
+                pipeline.xadd(self._keys.receipts, fields, maxlen=RECEIPTS_MAX, approximate=True)  # type: ignore[arg-type]
+                self.counters["receipts"] += 1
+            if len(pipeline):
+                pipeline.execute()
+        if time.monotonic() >= self._announce_at_s:
+            self._announce()
+
+    def _announce(self) -> None:
+        now_s = time.time()
+        with self._redis.pipeline(transaction=False) as pipeline:
+            pipeline.zadd(self._keys.routers, {self._router: now_s})
+            pipeline.zremrangebyscore(self._keys.routers, "-inf", now_s - GONE_S)
+            pipeline.zcard(self._keys.routers)
+            *_, count = pipeline.execute()
+        self.shared = count > 1
+        self._announce_at_s = time.monotonic() + ANNOUNCE_S
+
+
+def read_receipts(client: redis.Redis, model: ModelId, count: int) -> list[bytes]:
+    """The last receipts, newest first.
+
+    Raises:
+        StoreError: Redis did not answer.
+    """
+    try:
+        entries: Any = client.xrevrange(Keyspace(model).receipts, count=count)
+    except (redis.RedisError, OSError) as error:
+        raise StoreError(str(error)) from error
+    return [fields[LOG_FIELD] for _, fields in entries]

@@ -1,0 +1,211 @@
+"""One router's choice of a pod: puts costs, ledger, loads and learned rates together.
+
+    choose(pods, what was found)  ->  all pods, best first, with the cost of each
+    sent(...)                     ->  the first of them got the request; it counts there until the pod has it
+
+Used on one event loop. What the pods report comes in between, through `loaded`, `served` and `routed`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import NamedTuple
+
+from serve_app.blocks import KEY_BYTES
+from serve_app.routing.baselines import SessionRing, Turns, by_load
+from serve_app.routing.choice import Choice, Cost, Outcome, Policy
+from serve_app.routing.costs import CostWeights, cost
+from serve_app.routing.in_flight import InFlight
+from serve_app.routing.learning import PrefillRates
+from serve_app.routing.ledger import Entry, Held, Ledger
+from serve_app.routing.turnover import Turnover
+from serve_app.scoring import Strategy, score_all
+from serve_app.types import BlockKeys, Found, PodId, PodLoad, PodMatch, Routed, Served
+
+SETTLE_S = 0.005  # the ledger is compared with the index at most this often
+
+_NOTHING = PodMatch()
+
+
+class Sent(NamedTuple):
+    """A request that counts at a pod."""
+
+    pod: PodId
+    entries: Sequence[Entry]
+
+
+class Chooser:
+    """Args:
+    held: asks the index which pods hold a block; closes the ledger's entries.
+    """
+
+    def __init__(
+        self,
+        held: Held,
+        policy: Policy = Policy.KV_AWARE,
+        strategy: Strategy = Strategy.EXPECTED_TTFT,
+        weights: CostWeights | None = None,
+    ) -> None:
+        self.policy = policy
+        self.strategy = strategy
+        self.weights = weights or CostWeights()
+        self.in_flight = InFlight()
+        self.ledger = Ledger()
+        self.rates = PrefillRates()
+        self.turnover = Turnover()
+        self._held = held
+        self._turns = Turns()
+        self._ring = SessionRing()
+        self._settle_at_s = 0.0
+
+    # -- the choice -----------------------------------------------------------------------------------------------
+
+    def choose(
+        self, pods: Sequence[PodId], found: Found | None, now_s: float, *, why: str = "", session: str = ""
+    ) -> Choice:
+        """Rank `pods`.
+
+        Args:
+            pods: candidates, in a stable order.
+            found: the request's prompts and matches; None if they could not be had.
+            why: why they could not, or why they are of a part of the prompt only; the decision's reason.
+            session: what the client calls its session; used when there is nothing better.
+        """
+        turn = self._turns.next(pods)
+        if self.policy is Policy.ROUND_ROBIN:
+            return Choice(sorted(pods, key=turn.__getitem__), Outcome.BASELINE, self.policy.value)
+        loads = {pod: self.in_flight.count(pod, now_s) for pod in pods}
+        if self.policy is Policy.LEAST_LOADED:
+            return Choice(by_load(pods, loads, turn), Outcome.BASELINE, self.policy.value)
+        if self.policy is Policy.SESSION:
+            return Choice(self._by_session(session, pods, loads, turn), Outcome.BASELINE, self.policy.value)
+        if found is None:
+            return Choice(self._by_session(session, pods, loads, turn), Outcome.FALLBACK, why)
+        if self.strategy is Strategy.EXPECTED_TTFT:
+            return self._by_cost(pods, found, loads, turn, now_s, why)
+        return self._by_score(pods, found, loads, turn, why)
+
+    def expected(self, pods: Sequence[PodId], found: Found, now_s: float) -> dict[PodId, Cost]:
+        """What the request would cost at each pod now."""
+        loads = {pod: self.in_flight.count(pod, now_s) for pod in pods}
+        return {pod: terms for pod, (terms, _) in self._costs(pods, found, loads, now_s).items()}
+
+    def _by_session(
+        self, session: str, pods: Sequence[PodId], loads: Mapping[PodId, int], turn: Mapping[PodId, int]
+    ) -> list[PodId]:
+        return self._ring.order(session, pods, loads) if session else by_load(pods, loads, turn)
+
+    def _by_score(
+        self, pods: Sequence[PodId], found: Found, loads: Mapping[PodId, int], turn: Mapping[PodId, int], why: str
+    ) -> Choice:
+        scores = {**dict.fromkeys(pods, 0.0), **score_all(found, self.strategy)}
+        ranked = sorted(pods, key=lambda pod: (-scores[pod], loads[pod], turn[pod]))
+        if ranked and scores[ranked[0]] > 0:
+            return Choice(ranked, Outcome.HIT, why or "prefix")
+        return Choice(ranked, Outcome.MISS, why or "no_prefix")
+
+    def _by_cost(
+        self,
+        pods: Sequence[PodId],
+        found: Found,
+        loads: Mapping[PodId, int],
+        turn: Mapping[PodId, int],
+        now_s: float,
+        why: str,
+    ) -> Choice:
+        costs = self._costs(pods, found, loads, now_s)
+        ranked = sorted(pods, key=lambda pod: (costs[pod][0].total_s, turn[pod]))
+        prompt_tokens = found.prompt_tokens
+        held = {pod: prompt_tokens - compute for pod, (_, compute) in costs.items()}
+        most = max(held.values(), default=0)
+        if most < found.block_size:
+            outcome, reason = Outcome.MISS, "no_prefix"
+        else:
+            own = held[ranked[0]]
+            outcome = Outcome.HIT if own >= found.block_size else Outcome.MISS
+            reason = "prefix" if own > most - found.block_size else "balance"  # another one holds more, but is busy
+        return Choice(ranked, outcome, why or reason, {pod: terms for pod, (terms, _) in costs.items()}, held)
+
+    def _costs(
+        self, pods: Sequence[PodId], found: Found, loads: Mapping[PodId, int], now_s: float
+    ) -> dict[PodId, tuple[Cost, int]]:
+        """Cost at each pod, and the tokens that it would have to compute."""
+        if now_s >= self._settle_at_s:
+            self._settle_at_s = now_s + SETTLE_S
+            self.ledger.settle(self._held, now_s)
+        size = found.block_size
+        totals: dict[PodId, tuple[Cost, int]] = {}
+        turnover = self.turnover.shares(pods, now_s)
+        for i, (prompt, matches) in enumerate(zip(found.prompts, found.matches, strict=True)):
+            blocks = {pod: match.total_tokens // size for pod in pods if (match := matches.get(pod)) is not None}
+            soon = self.ledger.speculative_blocks(prompt.keys, blocks)
+            for pod in pods:
+                one = cost(
+                    prompt.token_count,
+                    matches.get(pod, _NOTHING),
+                    soon.get(pod, 0) * size,
+                    0 if i else self.ledger.queued_tokens(pod),  # what is there already counts once
+                    0 if i else loads[pod],
+                    self.rates.s_per_token(pod),
+                    turnover[pod],
+                    self.weights,
+                )
+                totals[pod] = one if not i else _sum(totals[pod], one)
+        return totals
+
+    # -- what became of it ----------------------------------------------------------------------------------------
+
+    def sent(self, pod: PodId, found: Found | None, choice: Choice, now_s: float) -> Sent:
+        """`pod` gets the request."""
+        self.in_flight.sent(pod, now_s)
+        if found is None or not choice.costs:
+            return Sent(pod, ())
+        compute = max(found.prompt_tokens - choice.held_tokens.get(pod, 0), 1)
+        self.turnover.add(pod, compute, now_s)
+        entries = []
+        for prompt in found.prompts:
+            entries.append(self.ledger.sent(pod, prompt.keys, compute, now_s))
+            compute = 0  # the first one stands for all
+        return Sent(pod, entries)
+
+    def route(self, sent: Sent, found: Found) -> list[Routed]:
+        """What other routers must know of it: of every prompt, the blocks that the pod does not hold yet."""
+        routes = []
+        for entry, matches in zip(sent.entries, found.matches, strict=True):
+            held = matches.get(sent.pod, _NOTHING).total_tokens // found.block_size
+            routes.append(Routed(sent.pod, entry.keys[held * KEY_BYTES :], entry.tokens))
+        return [route for route in routes if route.keys or route.tokens]
+
+    def withdraw(self, sent: Sent) -> None:
+        """It was not sent there after all."""
+        self.in_flight.withdrawn(sent.pod)
+        for entry in sent.entries:
+            self.ledger.withdraw(entry)
+
+    def routed(self, pod: PodId, keys: BlockKeys, tokens: int, now_s: float) -> None:
+        """Another router has sent a request there."""
+        self.in_flight.sent(pod, now_s)
+        self.ledger.sent(pod, keys, tokens, now_s)
+        self.turnover.add(pod, tokens, now_s)
+
+    def loaded(self, pod: PodId, load: PodLoad) -> None:
+        """A pod has said how many requests it has."""
+        if load is not self.in_flight.report(pod):
+            self.in_flight.reported(pod, load)
+            self.ledger.reported(pod, load)
+
+    def served(self, pod: PodId, requests: Sequence[Served]) -> None:
+        """A pod has answered requests."""
+        self.rates.observe(pod, requests)
+
+    def keep_only(self, pods: Sequence[PodId]) -> None:
+        """These pods are there; others are gone."""
+        self.in_flight.keep_only(pods)
+        self.ledger.keep_only(pods)
+        self.rates.keep_only(pods)
+        self.turnover.keep_only(pods)
+
+
+def _sum(one: tuple[Cost, int], other: tuple[Cost, int]) -> tuple[Cost, int]:
+    terms = Cost(*(a + b for a, b in zip(one[0], other[0], strict=True)))
+    return terms, one[1] + other[1]

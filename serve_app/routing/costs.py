@@ -1,0 +1,72 @@
+"""What a request would cost at a pod: see `Cost` for the terms, `CostWeights` for what can be set.
+
+prompt of 1,000 tokens; the pod holds 600 in GPU blocks and 200 in CPU memory, has 3 requests in flight, and 500 tokens
+of prefill were routed to it that it has not done; its prefill takes 0.1 ms a token
+compute   200 * 0.1 ms                20 ms
+load      200 * 0.08 * 0.1 ms        1.6 ms
+queue     500 * 0.1 ms                50 ms
+decode    3 * 256 * 0.1 ms          76.8 ms
+displace  200 * 1.0 * 0.1 ms          20 ms      not part of the time to first token; where turnover is 1
+
+Weights are in tokens of prefill, so that they fit a slow fleet as well as a fast one. `displace` is what makes the
+choice unselfish. Computing what another pod holds is not only this request's time: it holds up what decodes there, and
+it pushes as many tokens out of a full cache, to be computed again where they were still wanted (turnover.py). Without
+that term hits are given up for every short queue, caches fill with copies, and under load the hit rate falls
+(docs/benchmarks.md).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from types import MappingProxyType
+
+from serve_app.routing.choice import Cost
+from serve_app.types import CPU, GPU, LMCACHE, PodMatch, Tier
+
+TIER_LOAD: Mapping[Tier, float] = MappingProxyType({GPU: 0.0, CPU: 0.08, LMCACHE: 0.12, Tier("storage"): 0.3})
+
+
+@dataclass(frozen=True, slots=True)
+class CostWeights:
+    """What counts how much."""
+
+    tier_load: Mapping[Tier, float] = field(default_factory=lambda: TIER_LOAD)  # of a token's prefill
+    unknown_tier_load: float = 0.3
+    in_flight_tokens: float = 256.0  # tokens of prefill that one request in flight costs
+    displace: float = 1.0  # of the tokens to compute
+
+
+def cost(
+    prompt_tokens: int,
+    match: PodMatch,
+    soon_tokens: int,
+    queued_tokens: float,
+    in_flight: int,
+    s_per_token: float,
+    turnover: float,
+    weights: CostWeights,
+) -> tuple[Cost, int]:
+    """The cost at one pod, and how many tokens it would have to compute.
+
+    Args:
+        match: what it holds of the prompt.
+        soon_tokens: how much it will hold when what was routed there before is done; at most that is speculative.
+        queued_tokens: prefill that it has not done yet.
+        in_flight: requests that it has.
+        s_per_token: its time of prefill.
+        turnover: how much was computed there lately, beside the pod where it was most: 0 to 1.
+    """
+    held, load = 0, 0.0
+    for tier, tokens in match.tokens.items():
+        held += tokens
+        load += tokens * weights.tier_load.get(tier, weights.unknown_tier_load)
+    compute = max(prompt_tokens - max(held, soon_tokens), 1)
+    terms = Cost(
+        compute * s_per_token,
+        load * s_per_token,
+        queued_tokens * s_per_token,
+        in_flight * weights.in_flight_tokens * s_per_token,
+        compute * weights.displace * turnover * s_per_token,
+    )
+    return terms, compute

@@ -1,0 +1,120 @@
+"""A receipt per request: what was known, what each replica would have cost, who got it and why, and what came of it.
+
+    open    at the decision; kept until the engine has told of the request, or `OPEN_MAX` others came after it
+    close   with the engine's own figures: prompt tokens, cached tokens, time queued and time of prefill
+
+Predicted and actual cached tokens are compared by vLLM's rule: whole blocks, and never the whole prompt, for its last
+token must be computed to have something to sample from.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Mapping
+
+import msgspec
+
+from serve_app.routing.choice import Choice
+from serve_app.types import Found, PodId, Served
+
+OPEN_MAX = 4096
+
+
+class Terms(msgspec.Struct, frozen=True, omit_defaults=True):
+    """One replica, as the decision saw it."""
+
+    matched_tokens: dict[str, int]  # contiguous prefix by tier, fastest first
+    expected_tokens: int = 0  # that it would have in its cache when the request's turn comes
+    cost_s: dict[str, float] = {}  # terms of routing.choice.Cost; empty: the decision did not rest on costs
+
+
+class Actual(msgspec.Struct, frozen=True):
+    """What the engine says of the request. Seconds."""
+
+    prompt_tokens: int
+    cached_tokens: int
+    queued_s: float
+    prefill_s: float
+
+
+class Receipt(msgspec.Struct, frozen=True, omit_defaults=True):
+    """JSON as `GET /kvcache/v1/receipts` gives it."""
+
+    request_id: str
+    at_s: float  # seconds since 1970
+    router: str
+    outcome: str
+    reason: str
+    chosen: str
+    decision_s: float
+    prompt_tokens: int = 0  # 0: not known
+    predicted_cached_tokens: int = 0
+    replicas: dict[str, Terms] = {}
+    refused_by: str = ""  # the first choice, if it did not take the request
+    actual: Actual | None = None  # None: not known yet, or never told
+
+
+def receipt(
+    request_id: str, router: str, at_s: float, decision_s: float, pod: PodId, choice: Choice, found: Found | None
+) -> Receipt:
+    """The receipt of a decision for `pod`."""
+    head = (request_id, at_s, router, str(choice.outcome), choice.reason, str(pod), round(decision_s, 6))
+    if found is None:
+        return Receipt(*head)
+    return Receipt(
+        *head,
+        prompt_tokens=found.prompt_tokens,
+        predicted_cached_tokens=predicted_tokens(found, pod, choice),
+        replicas={
+            str(candidate): Terms(
+                {str(tier): tokens for tier, tokens in found.matched_tokens(candidate).items()},
+                choice.held_tokens.get(candidate, 0),
+                {name: round(term, 6) for name, term in cost._asdict().items()}
+                if (cost := choice.costs.get(candidate)) is not None
+                else {},
+            )
+            for candidate in choice.ranked
+        },
+    )
+
+
+def predicted_tokens(found: Found, pod: PodId, choice: Choice) -> int:
+    """Tokens that the engine should take from its cache."""
+    held = max(sum(found.matched_tokens(pod).values()), choice.held_tokens.get(pod, 0))
+    if len(found.prompts) != 1:
+        return held
+    most = max(found.prompt_tokens - 1, 0) // found.block_size * found.block_size
+    return min(held, most)
+
+
+class Receipts:
+    """Open receipts of one router, by request id."""
+
+    def __init__(self) -> None:
+        self._open: OrderedDict[str, Receipt] = OrderedDict()
+
+    def open(self, new: Receipt) -> Receipt | None:
+        """Returns the oldest one if it has to go, as it is."""
+        self._open[new.request_id] = new
+        return self._open.popitem(last=False)[1] if len(self._open) > OPEN_MAX else None
+
+    def moved(self, request_id: str, pod: PodId) -> None:
+        """The first choice refused the request, and `pod` got it."""
+        if (known := self._open.get(request_id)) is not None:
+            self._open[request_id] = msgspec.structs.replace(known, chosen=str(pod), refused_by=known.chosen)
+
+    def close(self, pod: PodId, served: Served) -> Receipt | None:
+        """The receipt of a request that `pod` has served, completed; None if it was not routed here."""
+        found = self._open.pop(_request_id(served.request_id, self._open), None)
+        if found is None or found.chosen != pod:
+            return found
+        actual = Actual(
+            served.prompt_tokens, served.cached_tokens, round(served.queued_s, 6), round(served.prefill_s, 6)
+        )
+        return msgspec.structs.replace(found, actual=actual)
+
+
+def _request_id(engine_id: str, known: Mapping[str, Receipt]) -> str:
+    """`chatcmpl-ID`, `cmpl-ID-0` -> ID."""
+    own = engine_id.partition("-")[2]
+    return own if own in known else own.rpartition("-")[0]
