@@ -8,7 +8,7 @@ import signal
 import sys
 import threading
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 import yaml
@@ -17,6 +17,9 @@ from rich.table import Table
 
 from serve_app import local_stack
 from serve_app.errors import ConfigError, KVCacheError
+
+if TYPE_CHECKING:
+    from serve_app.events.publisher import PublisherConfig
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, help=__doc__)
 console = Console(stderr=True, highlight=False)
@@ -93,6 +96,16 @@ def status() -> None:
             *(str(pod[name]) for name in ("blocks", "in_flight", "events_applied", "events_lost")),
             skipped or "0",
         )
+    for shared in known["shared"]:
+        table.add_row(
+            shared["domain"],
+            "yes" if shared["live"] else "[red]no[/red]",
+            str(shared["blocks"]),
+            "",
+            str(shared["events_applied"]),
+            str(shared["events_lost"]),
+            ", ".join(f"{reason} {count}" for reason, count in (shared["events_skipped"] or {}).items()) or "0",
+        )
     Console().print(table)
 
 
@@ -111,14 +124,13 @@ def publish(
     block_size: Annotated[int, typer.Option(help="Engine's block size; 0 takes it from its first event.")] = 0,
     topic: Annotated[str, typer.Option(help="Topic prefix to subscribe to.")] = "",
     address: Annotated[str, typer.Option(help="Where the engine is, for people.")] = "",
+    lmcache: Annotated[
+        str, typer.Option(help="host:port of its LMCache server, as `kvcache publish-lmcache` is given it.")
+    ] = "",
 ) -> None:
     """Publish the blocks of a vLLM server that Ray does not manage. Ends cleanly on Ctrl-C or SIGTERM."""
-    from serve_app.events.publisher import Publisher, PublisherConfig
+    from serve_app.events.publisher import PublisherConfig
 
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s")
-    stop = threading.Event()
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, lambda *_: stop.set())
     config = PublisherConfig(
         redis_url=redis,
         model=model,
@@ -131,7 +143,48 @@ def publish(
         chat_template=chat_template.read_text() if chat_template else None,
         served_names=tuple(served_name or ()),
         address=address,
+        attached=(f"node:{lmcache}",) if lmcache else (),
     )
+    _run_publisher(config)
+
+
+@app.command()
+def publish_lmcache(
+    server: Annotated[str, typer.Option(help="host:port of the LMCache server.")],
+    redis: Annotated[str, typer.Option(help="redis://, rediss:// or unix:// URL.", envvar="KVCACHE_REDIS_URL")],
+    model: Annotated[str, typer.Option(help="Model id that clients send.")],
+    block_size: Annotated[int, typer.Option(min=1, help="Block size of the engines that are attached to it.")],
+    engine_model: Annotated[str, typer.Option(help="vLLM's --model, if it is not the model's id.")] = "",
+) -> None:
+    """Publish the blocks of an LMCache server. One publisher per server and model; see `publish --lmcache`."""
+    from serve_app.events.lmcache_source import chunk_size_of, reports_changes
+    from serve_app.events.publisher import LMCacheStream, PublisherConfig
+
+    endpoint = f"tcp://{server}"
+    chunk_size = chunk_size_of(endpoint)
+    if chunk_size % block_size:
+        raise ConfigError(f"the server's chunk size {chunk_size} is no multiple of the block size {block_size}")
+    if not reports_changes(endpoint):
+        raise ConfigError(f"{server} does not report what it holds: start it without --kv-event-log-size 0")
+    config = PublisherConfig(
+        redis_url=redis,
+        model=model,
+        pod=f"node:{server}",
+        endpoint=endpoint,
+        block_size=block_size,
+        address=server,
+        lmcache=LMCacheStream(engine_model or model, chunk_size),
+    )
+    _run_publisher(config)
+
+
+def _run_publisher(config: PublisherConfig) -> None:
+    from serve_app.events.publisher import Publisher
+
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s")
+    stop = threading.Event()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, lambda *_: stop.set())
     Publisher(config).run(stop)
 
 

@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from enum import StrEnum
 from types import MappingProxyType
 
-from serve_app.types import CPU, GPU, Found, PodId, PodMatch, Tier, Trust
+from serve_app.types import CPU, GPU, LMCACHE, Found, PodId, PodMatch, Tier, Trust
 
 
 class Strategy(StrEnum):
@@ -27,7 +27,7 @@ class Strategy(StrEnum):
         return self is Strategy.HIGHEST_BLOCK_HIT
 
 
-TIER_WEIGHTS: Mapping[Tier, float] = MappingProxyType({GPU: 1.0, CPU: 0.8, Tier("storage"): 0.5})
+TIER_WEIGHTS: Mapping[Tier, float] = MappingProxyType({GPU: 1.0, CPU: 0.8, LMCACHE: 0.75, Tier("storage"): 0.5})
 UNKNOWN_TIER_WEIGHT = 0.5
 
 TRUST_WEIGHTS: Mapping[Trust, float] = MappingProxyType({Trust.EXACT: 1.0, Trust.DEGRADED: 0.9, Trust.STALE: 0.5})

@@ -33,6 +33,7 @@ Tier = NewType("Tier", str)
 
 GPU = Tier("gpu")
 CPU = Tier("cpu")
+LMCACHE = Tier("lmcache")
 
 Epoch = NewType("Epoch", int)
 """One life of a domain, ms since 1970 at its start. Blocks and log entries of another epoch are void."""
@@ -83,15 +84,17 @@ class Domain:
     pod: PodId | None = None  # None: shared by the pods that are attached to it
     address: str = ""  # for people: node, or host:port
     degraded: bool = False  # its publisher has lost events of the engine, and knows not of every block
+    attached: tuple[DomainId, ...] = ()  # shared domains that this pod loads from
+    chunk_size: int = 0  # tokens that a shared domain loads at once, from a prompt's beginning; 0: a block
 
 
 @dataclass(frozen=True, slots=True)
 class PodMatch:
-    """How much of one prompt a pod holds.
+    """How much of one prompt a pod holds, or can load from the shared domains that it is attached to.
 
     `tokens` counts the contiguous prefix, tier by tier in tier order: {gpu: 96, cpu: 64} says that the first
     96 tokens are in GPU blocks and the next 64 can be loaded from CPU. `hit_blocks` counts the prompt's blocks
-    that the pod holds anywhere, gaps included.
+    that the pod holds or can load anywhere, gaps included.
     """
 
     tokens: Mapping[Tier, int] = field(default_factory=dict)

@@ -99,6 +99,21 @@ class BlockIndex:
         return {
             "stale_for_s": round(self._mirror.stale_for_s(), 3),
             "blocks": dict(self._mirror.block_counts()),
+            "shared": [
+                {
+                    "domain": domain.id,
+                    "live": live,
+                    "epoch": domain.epoch,
+                    "address": domain.address,
+                    "chunk_size": domain.chunk_size,
+                    "blocks": heartbeat.blocks if heartbeat else None,
+                    "events_applied": heartbeat.events_applied if heartbeat else None,
+                    "events_skipped": heartbeat.events_skipped if heartbeat else None,
+                    "events_lost": heartbeat.events_lost if heartbeat else None,
+                }
+                for domain, live, heartbeat in self._mirror.domains()
+                if domain.pod is None
+            ],
             "pods": [
                 {
                     "pod": domain.pod,
@@ -114,6 +129,7 @@ class BlockIndex:
                     "events_lost": heartbeat.events_lost if heartbeat else None,
                 }
                 for domain, live, heartbeat in self._mirror.domains()
+                if domain.pod is not None
             ],
         }
 

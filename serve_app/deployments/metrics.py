@@ -174,11 +174,12 @@ class IndexMetrics:
             self._up_to(self._entries, count, ("entries", kind), {"kind": kind})
         self._up_to(self._evicted, mirror.evicted_blocks, ("evicted", ""), {})
         for domain, _, heartbeat in mirror.domains():
-            if heartbeat is None or domain.pod is None:
+            if heartbeat is None:
                 continue
+            name = domain.pod or domain.id  # a shared domain stands for itself
             results = {"applied": heartbeat.events_applied, "lost": heartbeat.events_lost, **heartbeat.events_skipped}
             for result, count in results.items():
-                self._up_to(self._events, count, (domain.pod, result), {"pod": domain.pod, "result": result})
+                self._up_to(self._events, count, (name, result), {"pod": name, "result": result})
 
     def _show_trust(self) -> None:
         pods = [domain.pod for domain, _, _ in self._mirror.domains() if domain.pod is not None]

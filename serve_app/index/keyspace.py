@@ -34,6 +34,8 @@ class DomainRecord(msgspec.Struct, array_like=True, frozen=True):
     template_kwargs: str = ""
     degraded: bool = False
     served_names: tuple[str, ...] = ()
+    attached: tuple[str, ...] = ()
+    chunk_size: int = 0
 
     @classmethod
     def of(cls, domain: Domain, tiers: tuple[str, ...] = ()) -> DomainRecord:
@@ -51,6 +53,8 @@ class DomainRecord(msgspec.Struct, array_like=True, frozen=True):
             spec.template_kwargs,
             domain.degraded,
             spec.served_names,
+            domain.attached,
+            domain.chunk_size,
         )
 
     def domain(self, domain_id: DomainId) -> Domain:
@@ -69,6 +73,8 @@ class DomainRecord(msgspec.Struct, array_like=True, frozen=True):
             pod=None if self.pod is None else PodId(self.pod),
             address=self.address,
             degraded=self.degraded,
+            attached=tuple(DomainId(domain) for domain in self.attached),
+            chunk_size=self.chunk_size,
         )
 
 

@@ -23,9 +23,9 @@ from types import MappingProxyType
 
 from serve_app.routing.choice import Cost
 from serve_app.scoring import TRUST_WEIGHTS
-from serve_app.types import CPU, GPU, PodMatch, Tier
+from serve_app.types import CPU, GPU, LMCACHE, PodMatch, Tier
 
-TIER_LOAD: Mapping[Tier, float] = MappingProxyType({GPU: 0.0, CPU: 0.08, Tier("storage"): 0.3})
+TIER_LOAD: Mapping[Tier, float] = MappingProxyType({GPU: 0.0, CPU: 0.08, LMCACHE: 0.12, Tier("storage"): 0.3})
 
 
 @dataclass(frozen=True, slots=True)
