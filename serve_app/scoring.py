@@ -30,9 +30,9 @@ class Strategy(StrEnum):
 TIER_WEIGHTS: Mapping[Tier, float] = MappingProxyType({GPU: 1.0, CPU: 0.8, LMCACHE: 0.75, Tier("storage"): 0.5})
 UNKNOWN_TIER_WEIGHT = 0.5
 
-TRUST_WEIGHTS: Mapping[Trust, float] = MappingProxyType({Trust.EXACT: 1.0, Trust.DEGRADED: 0.9, Trust.STALE: 0.5})
+TRUST_WEIGHTS: Mapping[Trust, float] = MappingProxyType({Trust.EXACT: 1.0, Trust.DEGRADED: 0.9, Trust.STALE: 0.8})
 """What a matched token is worth, by the trust in its pod. A degraded pod holds no less than is known of it, so it loses
-only against equals; of a stale one blocks may have gone unheard, and a match that is no longer there costs a prefill.
+only against equals; of a stale one blocks may have gone unheard, for a second or two: then its lease ends.
 """
 
 

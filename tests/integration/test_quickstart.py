@@ -129,13 +129,16 @@ def test_score_finds_the_blocks_of_the_same_request(http: httpx.Client, openai_c
     assert found["pods"][replica]["matched_tokens"] == {"gpu": full_blocks}
     others = [value for pod, value in found["scores"].items() if pod != replica]
     assert max(others) <= 32
-    only = score(http, {**body, "pods": [replica, "nobody"]})
-    assert only["scores"] == {replica: full_blocks, "nobody": 0}
+    only = {**body, "pods": [replica, "nobody"]}  # scores dip while a busy machine's heartbeat is late: not `exact`
+    eventually(lambda: score(http, only)["scores"] == {replica: full_blocks, "nobody": 0})
     for strategy, expected in (
         ("highest_block_hit", full_blocks / 32),
         ("coverage", full_blocks / found["prompt_tokens"]),
     ):
-        assert score(http, {**body, "strategy": strategy})["scores"][replica] == pytest.approx(expected)
+        asked = {**body, "strategy": strategy}
+        eventually(
+            lambda asked=asked, expected=expected: score(http, asked)["scores"][replica] == pytest.approx(expected)
+        )
 
 
 def test_completions_and_token_ids_are_scored_alike(http: httpx.Client, openai_client: openai.OpenAI) -> None:
@@ -145,8 +148,8 @@ def test_completions_and_token_ids_are_scored_alike(http: httpx.Client, openai_c
     ids = http.post("/tokenize", json={"model": MODEL, "prompt": text}).json()["tokens"]
     expected = len(ids) // 32 * 32
     eventually(lambda: score(http, {"model": MODEL, "prompt": text})["scores"][replica] == expected)
-    assert score(http, {"model": MODEL, "prompt": ids})["scores"][replica] == expected
-    assert score(http, {"model": MODEL, "prompt": [text, text]})["scores"][replica] == 2 * expected
+    eventually(lambda: score(http, {"model": MODEL, "prompt": ids})["scores"][replica] == expected)
+    eventually(lambda: score(http, {"model": MODEL, "prompt": [text, text]})["scores"][replica] == 2 * expected)
     raw = openai_client.completions.with_raw_response.create(model=MODEL, prompt=ids, max_tokens=2)
     assert raw.headers[HEADER] == replica
 
@@ -335,7 +338,7 @@ def test_a_mirror_that_starts_late_holds_the_full_index(
     assert encoded.token_count == answer.usage.prompt_tokens
     found = {pod: match.total_tokens for pod, match in late.match(encoded.block_keys).items()}
     late.close()
-    assert found == score(http, body)["scores"]
+    eventually(lambda: found == score(http, body)["scores"])
 
 
 def test_without_redis_requests_are_served_and_the_index_heals(
