@@ -28,6 +28,10 @@ model: setup ## build the SmolLM2 demo checkpoint, once
 demo: setup ## real vLLM replicas: round robin against KV-aware, with a table at the end
 	@$(BIN)/kvcache demo $(ARGS)
 
+.PHONY: audit
+audit: setup ## predicted cached tokens against the engines' own, under eviction
+	@$(BIN)/kvcache audit --config configs/quickstart.yaml --output benchmarks/results/audit.json $(ARGS)
+
 .PHONY: up
 up: setup ## start a server in the background
 	@$(BIN)/kvcache up $(ARGS)

@@ -65,9 +65,13 @@ def build_llm(args: LLMArgs) -> Application:
     llm["model_loading_config"] = loading
 
     try:
-        settings = RouterSettings(**{"model": loading["model_id"], **args.routing})
+        lmcache = {} if args.lmcache is None else {"lmcache": args.lmcache}
+        settings = RouterSettings(**{"model": loading["model_id"], **args.routing, **lmcache})
     except ValidationError as error:
         raise ConfigError(f"routing: {error}") from error
+    block_size = dict(llm.get("engine_kwargs") or {}).get("block_size")
+    if settings.lmcache and not settings.lmcache.attach and block_size:
+        settings.lmcache.check_block_size(block_size)
     deployment_config = dict(llm.get("deployment_config") or {})
     deployment_config["request_router_config"] = {
         "request_router_class": _ROUTER,

@@ -8,7 +8,7 @@ import signal
 import sys
 import threading
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 import yaml
@@ -17,6 +17,9 @@ from rich.table import Table
 
 from serve_app import local_stack
 from serve_app.errors import ConfigError, KVCacheError
+
+if TYPE_CHECKING:
+    from serve_app.events.publisher import PublisherConfig
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, help=__doc__)
 console = Console(stderr=True, highlight=False)
@@ -83,14 +86,25 @@ def status() -> None:
     if known is None:
         _say("the index does not answer (yet)")
         return
-    table = Table("replica", "live", "blocks", "in flight", "KV events", "lost", "skipped")
+    table = Table("replica", "live", "trust", "blocks", "in flight", "KV events", "lost", "skipped")
     for pod in known["pods"]:
         skipped = ", ".join(f"{reason} {count}" for reason, count in (pod["events_skipped"] or {}).items())
         table.add_row(
             pod["pod"],
             "yes" if pod["live"] else "[red]no[/red]",
+            pod["trust"] if pod["trust"] == "exact" else f"[red]{pod['trust']}[/red]",
             *(str(pod[name]) for name in ("blocks", "in_flight", "events_applied", "events_lost")),
             skipped or "0",
+        )
+    for shared in known["shared"]:
+        table.add_row(
+            shared["domain"],
+            "yes" if shared["live"] else "[red]no[/red]",
+            str(shared["blocks"]),
+            "",
+            str(shared["events_applied"]),
+            str(shared["events_lost"]),
+            ", ".join(f"{reason} {count}" for reason, count in (shared["events_skipped"] or {}).items()) or "0",
         )
     Console().print(table)
 
@@ -98,23 +112,25 @@ def status() -> None:
 @app.command()
 def publish(
     engine: Annotated[str, typer.Option(help="The engine's KV event socket, e.g. tcp://host:5557.")],
-    redis: Annotated[str, typer.Option(help="redis://, rediss:// or unix:// URL.", envvar="KVCACHE_REDIS_URL")],
+    redis: Annotated[str, typer.Option(help="URL as in `redis_url` of the settings.", envvar="KVCACHE_REDIS_URL")],
     pod: Annotated[str, typer.Option(help="Name of this engine in scores.")],
     model: Annotated[str, typer.Option(help="Model id that clients send.")],
     replay: Annotated[str | None, typer.Option(help="The engine's replay socket; without it gaps are lost.")] = None,
     tokenizer: Annotated[str, typer.Option(help="Tokenizer path or Hugging Face id, if not the model's id.")] = "",
     chat_template: Annotated[Path | None, typer.Option(help="Jinja file, if the engine was given one.")] = None,
+    served_name: Annotated[
+        list[str] | None, typer.Option(help="Another name of the base model (vLLM's --served-model-name). Repeatable.")
+    ] = None,
     block_size: Annotated[int, typer.Option(help="Engine's block size; 0 takes it from its first event.")] = 0,
     topic: Annotated[str, typer.Option(help="Topic prefix to subscribe to.")] = "",
     address: Annotated[str, typer.Option(help="Where the engine is, for people.")] = "",
+    lmcache: Annotated[
+        str, typer.Option(help="host:port of its LMCache server, as `kvcache publish-lmcache` is given it.")
+    ] = "",
 ) -> None:
     """Publish the blocks of a vLLM server that Ray does not manage. Ends cleanly on Ctrl-C or SIGTERM."""
-    from serve_app.events.publisher import Publisher, PublisherConfig
+    from serve_app.events.publisher import PublisherConfig
 
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s")
-    stop = threading.Event()
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, lambda *_: stop.set())
     config = PublisherConfig(
         redis_url=redis,
         model=model,
@@ -125,8 +141,50 @@ def publish(
         block_size=block_size,
         tokenizer=tokenizer,
         chat_template=chat_template.read_text() if chat_template else None,
+        served_names=tuple(served_name or ()),
         address=address,
+        attached=(f"node:{lmcache}",) if lmcache else (),
     )
+    _run_publisher(config)
+
+
+@app.command()
+def publish_lmcache(
+    server: Annotated[str, typer.Option(help="host:port of the LMCache server.")],
+    redis: Annotated[str, typer.Option(help="redis://, rediss:// or unix:// URL.", envvar="KVCACHE_REDIS_URL")],
+    model: Annotated[str, typer.Option(help="Model id that clients send.")],
+    block_size: Annotated[int, typer.Option(min=1, help="Block size of the engines that are attached to it.")],
+    engine_model: Annotated[str, typer.Option(help="vLLM's --model, if it is not the model's id.")] = "",
+) -> None:
+    """Publish the blocks of an LMCache server. One publisher per server and model; see `publish --lmcache`."""
+    from serve_app.events.lmcache_source import chunk_size_of, reports_changes
+    from serve_app.events.publisher import LMCacheStream, PublisherConfig
+
+    endpoint = f"tcp://{server}"
+    chunk_size = chunk_size_of(endpoint)
+    if chunk_size % block_size:
+        raise ConfigError(f"the server's chunk size {chunk_size} is no multiple of the block size {block_size}")
+    if not reports_changes(endpoint):
+        raise ConfigError(f"{server} does not report what it holds: start it without --kv-event-log-size 0")
+    config = PublisherConfig(
+        redis_url=redis,
+        model=model,
+        pod=f"node:{server}",
+        endpoint=endpoint,
+        block_size=block_size,
+        address=server,
+        lmcache=LMCacheStream(engine_model or model, chunk_size),
+    )
+    _run_publisher(config)
+
+
+def _run_publisher(config: PublisherConfig) -> None:
+    from serve_app.events.publisher import Publisher
+
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s")
+    stop = threading.Event()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, lambda *_: stop.set())
     Publisher(config).run(stop)
 
 
@@ -170,6 +228,8 @@ def tokenize(
             "tokens": encoded.token_ids(),
             "block_keys": [key.hex() for key in split_keys(encoded.block_keys)],
         }
+        if prepared.incomplete:
+            answer["incomplete"] = prepared.incomplete  # the ids end where it begins
         if text:
             answer["prompt"] = "".join(segment.text for segment in prepared.segments)
         print(json.dumps(answer))
@@ -188,6 +248,38 @@ def demo(
 
     config = load_config(QUICKSTART, port or local_stack.free_port())
     run_demo(Workload(documents, turns, document_tokens), config, output)
+
+
+@app.command()
+def audit(
+    url: Annotated[str, typer.Option(help="Gateway; default: the one that `kvcache up` started.")] = "",
+    score_url: Annotated[str, typer.Option(help="Score endpoint; default: the gateway's /kvcache/v1/score.")] = "",
+    config: Annotated[
+        Path | None, typer.Option("--config", "-c", help="Start this Serve YAML for the audit, and stop it after.")
+    ] = None,
+    kv_blocks: Annotated[
+        int, typer.Option(min=1, help="With --config: KV blocks of each engine, so few that it evicts.")
+    ] = 288,
+    port: PortOption = None,
+    requests: Annotated[
+        Path | None, typer.Option(help="JSONL of OpenAI requests to send, in order, instead of generated ones.")
+    ] = None,
+    count: Annotated[int, typer.Option(min=1, help="Generated requests.")] = 200,
+    conversations: Annotated[int, typer.Option(min=1, help="Generated conversations at a time.")] = 24,
+    tokens: Annotated[int, typer.Option(min=64, help="About this many tokens at a conversation's beginning.")] = 900,
+    seed: Annotated[int, typer.Option(help="Of the generated requests; another one makes new prompts.")] = 0,
+    require: Annotated[float, typer.Option(min=0, max=1, help="Share that must be right within one block.")] = 0.99,
+    output: Annotated[Path, typer.Option(help="Where to write the result.")] = Path("audit.json"),
+) -> None:
+    """Compare the predicted cached tokens with the engines' own. Exit status 1: too many are wrong."""
+    from serve_app.audit.run import Settings, run_audit
+    from serve_app.audit.traffic import Plan
+
+    plan = Plan(count=count, conversations=conversations, tokens=tokens, seed=seed)
+    loaded = load_config(config, port or local_stack.free_port()) if config else None
+    settings = Settings(url, score_url, loaded, str(config or ""), kv_blocks, requests, plan, require, output)
+    if not run_audit(settings):
+        raise typer.Exit(1)
 
 
 def load_config(path: Path, port: int | None = None) -> dict[str, Any]:

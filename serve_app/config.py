@@ -7,6 +7,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, NonNegativeFloat, PositiveInt
 
+from serve_app.errors import ConfigError
 from serve_app.routing.choice import Policy
 from serve_app.routing.costs import TIER_LOAD, CostWeights
 from serve_app.scoring import Strategy
@@ -53,7 +54,11 @@ class IndexSettings(_Settings):
 
     model: Annotated[str, Field(description="Model id that clients send; names the key space in Redis.")]
     redis_url: Annotated[
-        str, Field(description="redis://, rediss:// or unix:// URL of Redis or Valkey, or `embedded`.")
+        str,
+        Field(
+            description="URL of Redis or Valkey: redis://, rediss:// (TLS), unix://, redis+sentinel:// or "
+            "redis+cluster:// (?password_file=/path keeps the password out of it); or `embedded`."
+        ),
     ] = EMBEDDED
     max_blocks: Annotated[PositiveInt, Field(description="Cap of a mirror, in blocks (about 100 bytes each).")] = (
         20_000_000
@@ -61,12 +66,50 @@ class IndexSettings(_Settings):
     tier_order: Annotated[tuple[str, ...], Field(description="Cache tiers from fastest to slowest.")] = (
         "gpu",
         "cpu",
+        "lmcache",
         "storage",
     )
     prefix_store_bytes: Annotated[PositiveInt, Field(description="Cap of a prefix store, in bytes.")] = (
         DEFAULT_PREFIX_STORE_BYTES
     )
     cost: Annotated[CostSettings, Field(description="Weights of `strategy: expected_ttft`.")] = CostSettings()
+
+
+class LMCacheSettings(_Settings):
+    """An LMCache server per node, shared by the node's replicas (vLLM's LMCacheMPConnector)."""
+
+    size_gb: Annotated[float, Field(gt=0, description="Host memory for KV blocks, in GB.")] = 4.0
+    chunk_size: Annotated[
+        PositiveInt, Field(description="Tokens per chunk: a multiple of the engine's block size.")
+    ] = 256
+    eviction_policy: Annotated[
+        Literal["LRU", "ARC", "IsolatedLRU", "noop"], Field(description="As `lmcache server` names it.")
+    ] = "LRU"
+    linger_s: Annotated[
+        float, Field(ge=0, description="How long a server outlives its last replica, so that a restart finds it.")
+    ] = 60.0
+    attach: Annotated[
+        str,
+        Field(
+            pattern=r"^(|[^:/\s]+:\d+)$",
+            description="host:port of a server that runs already; then none is started, and its own size, chunk size "
+            "and policy apply. 127.0.0.1 means the one on the replica's node.",
+        ),
+    ] = ""
+
+    def check_block_size(self, block_size: int, chunk_size: int | None = None) -> None:
+        """Whole chunks are whole blocks.
+
+        Raises:
+            ConfigError: they are not; vLLM would fail at start with less to go by.
+        """
+        chunk_size = chunk_size or self.chunk_size
+        if chunk_size % block_size:
+            where = f"of the LMCache server at {self.attach}" if self.attach else "lmcache.chunk_size"
+            raise ConfigError(
+                f"{where} {chunk_size} is no multiple of the engine's block size {block_size}: "
+                f"use {max(1, round(chunk_size / block_size)) * block_size}"
+            )
 
 
 class RouterSettings(IndexSettings):
@@ -93,6 +136,9 @@ class RouterSettings(IndexSettings):
     decision_deadline_s: Annotated[
         float, Field(gt=0, description="After this a request goes to the least-loaded replica.")
     ] = 0.5
+    lmcache: Annotated[
+        LMCacheSettings | None, Field(description="An LMCache server per node; absent: none. Read by the replicas.")
+    ] = None
 
 
 class GraphArgs(IndexSettings):
@@ -115,6 +161,9 @@ class LLMArgs(_Settings):
     routing: Annotated[dict[str, Any], Field(description="RouterSettings; `model` defaults to the LLM's model id.")] = (
         Field(default_factory=dict)
     )
+    lmcache: Annotated[
+        dict[str, Any] | None, Field(description="LMCacheSettings: an LMCache server per node; absent: none.")
+    ] = None
     ingress: Annotated[
         dict[str, Any],
         Field(description="Serve options of the OpenAI ingress, which is there only without direct streaming."),

@@ -38,4 +38,12 @@ class IndexUnavailable(KVCacheError):
 
 
 class StoreError(KVCacheError):
-    """Redis did not do what it was asked. What was being written may or may not be there: resync."""
+    """Redis did not do what it was asked. What was being written may or may not be there: resync.
+
+    `refused`: it answered, and said no; asking again soon will not help. `advice`: what a person can do about it.
+    """
+
+    def __init__(self, message: str, *, advice: str = "", refused: bool = False) -> None:
+        super().__init__(f"{message}; {advice}" if advice else message)
+        self.advice = advice
+        self.refused = refused

@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from enum import StrEnum
 from types import MappingProxyType
 
-from serve_app.types import CPU, GPU, Found, PodId, PodMatch, Tier
+from serve_app.types import CPU, GPU, LMCACHE, Found, PodId, PodMatch, Tier, Trust
 
 
 class Strategy(StrEnum):
@@ -27,8 +27,13 @@ class Strategy(StrEnum):
         return self is Strategy.HIGHEST_BLOCK_HIT
 
 
-TIER_WEIGHTS: Mapping[Tier, float] = MappingProxyType({GPU: 1.0, CPU: 0.8, Tier("storage"): 0.5})
+TIER_WEIGHTS: Mapping[Tier, float] = MappingProxyType({GPU: 1.0, CPU: 0.8, LMCACHE: 0.75, Tier("storage"): 0.5})
 UNKNOWN_TIER_WEIGHT = 0.5
+
+TRUST_WEIGHTS: Mapping[Trust, float] = MappingProxyType({Trust.EXACT: 1.0, Trust.DEGRADED: 0.9, Trust.STALE: 0.8})
+"""What a matched token is worth, by the trust in its pod. A degraded pod holds no less than is known of it, so it loses
+only against equals; of a stale one blocks may have gone unheard, for a second or two: then its lease ends.
+"""
 
 
 def score_all(found: Found, strategy: Strategy) -> dict[PodId, float]:
@@ -46,7 +51,11 @@ def score(
     strategy: Strategy = Strategy.LONGEST_PREFIX,
     tier_weights: Mapping[Tier, float] = TIER_WEIGHTS,
 ) -> float:
-    """Score of one pod for a prompt of `prompt_tokens` tokens."""
+    """Score of one pod for a prompt of `prompt_tokens` tokens; what is not trusted counts less."""
+    return TRUST_WEIGHTS[match.trust] * _score(match, prompt_tokens, strategy, tier_weights)
+
+
+def _score(match: PodMatch, prompt_tokens: int, strategy: Strategy, tier_weights: Mapping[Tier, float]) -> float:
     match strategy:
         case Strategy.LONGEST_PREFIX | Strategy.EXPECTED_TTFT:
             total = 0.0

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from enum import StrEnum
 from typing import NamedTuple, NewType
 
 BlockKey = NewType("BlockKey", bytes)
@@ -32,9 +33,18 @@ Tier = NewType("Tier", str)
 
 GPU = Tier("gpu")
 CPU = Tier("cpu")
+LMCACHE = Tier("lmcache")
 
 Epoch = NewType("Epoch", int)
 """One life of a domain, ms since 1970 at its start. Blocks and log entries of another epoch are void."""
+
+
+class Trust(StrEnum):
+    """How sure it is that a pod holds what the index says it holds."""
+
+    EXACT = "exact"  # every event of the engine has been applied, and everything was heard in time
+    DEGRADED = "degraded"  # events were lost: it holds what the index says, and perhaps more
+    STALE = "stale"  # not heard of in time, or not there: it may hold less, or more
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,6 +57,7 @@ class EngineSpec:
     chat_template: str | None = None  # Jinja source that overrides the tokenizer's own
     content_format: str = "auto"  # vLLM's --chat-template-content-format: auto | string | openai
     template_kwargs: str = ""  # vLLM's --default-chat-template-kwargs, as JSON
+    served_names: tuple[str, ...] = ()  # vLLM's --served-model-name: names of the base model beside `model`
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,9 +65,13 @@ class EncodedKeys:
     """One prompt of a request, as the index needs it."""
 
     keys: BlockKeys  # of its full blocks; of the known ones, if it is not complete
-    token_count: int  # a guess, if it is not complete
+    token_count: int  # with a guess for what is not known, if it is not complete
     known_token_count: int  # tokens that came from the prefix store, not from the tokenizer
-    complete: bool = True  # False: cold text at its end has not been tokenized in time
+    incomplete: str = ""  # why the keys end before the prompt does: tokens_late, media
+
+    @property
+    def complete(self) -> bool:
+        return not self.incomplete
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,19 +83,23 @@ class Domain:
     spec: EngineSpec
     pod: PodId | None = None  # None: shared by the pods that are attached to it
     address: str = ""  # for people: node, or host:port
+    degraded: bool = False  # its publisher has lost events of the engine, and knows not of every block
+    attached: tuple[DomainId, ...] = ()  # shared domains that this pod loads from
+    chunk_size: int = 0  # tokens that a shared domain loads at once, from a prompt's beginning; 0: a block
 
 
 @dataclass(frozen=True, slots=True)
 class PodMatch:
-    """How much of one prompt a pod holds.
+    """How much of one prompt a pod holds, or can load from the shared domains that it is attached to.
 
     `tokens` counts the contiguous prefix, tier by tier in tier order: {gpu: 96, cpu: 64} says that the first
     96 tokens are in GPU blocks and the next 64 can be loaded from CPU. `hit_blocks` counts the prompt's blocks
-    that the pod holds anywhere, gaps included.
+    that the pod holds or can load anywhere, gaps included.
     """
 
     tokens: Mapping[Tier, int] = field(default_factory=dict)
     hit_blocks: int = 0
+    trust: Trust = Trust.EXACT
 
     @property
     def total_tokens(self) -> int:
@@ -105,9 +124,13 @@ class Found:
         return sum(prompt.known_token_count for prompt in self.prompts)
 
     @property
+    def incomplete(self) -> str:
+        """Why only the known beginning of some prompt was looked up: tokens_late, media."""
+        return next((prompt.incomplete for prompt in self.prompts if prompt.incomplete), "")
+
+    @property
     def complete(self) -> bool:
-        """False: some prompt's tokens were late, and only its known prefix was looked up."""
-        return all(prompt.complete for prompt in self.prompts)
+        return not self.incomplete
 
     def matched_tokens(self, pod: PodId) -> dict[Tier, int]:
         """Tokens by tier, summed over the prompts."""
@@ -116,6 +139,10 @@ class Found:
             for tier, count in match.get(pod, _NOTHING).tokens.items():
                 total[tier] = total.get(tier, 0) + count
         return total
+
+    def trust(self, pod: PodId) -> Trust:
+        """How far the pod's matches can be relied on."""
+        return self.matches[0].get(pod, _NOTHING).trust if self.matches else Trust.EXACT
 
 
 _NOTHING = PodMatch()

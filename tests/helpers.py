@@ -16,8 +16,13 @@ def keys(*numbers: int) -> BlockKeys:
     return b"".join((number + 1).to_bytes(8, "big") for number in numbers)
 
 
-def pod(name: str, epoch: int = 1) -> Domain:
-    return Domain(DomainId(name), Epoch(epoch), SPEC, PodId(name))
+def pod(name: str, epoch: int = 1, attached: tuple[str, ...] = ()) -> Domain:
+    return Domain(DomainId(name), Epoch(epoch), SPEC, PodId(name), attached=tuple(map(DomainId, attached)))
+
+
+def shared(name: str, epoch: int = 1, chunk_size: int = 8) -> Domain:
+    """A domain of no pod, whose chunks are two blocks."""
+    return Domain(DomainId(name), Epoch(epoch), SPEC, chunk_size=chunk_size)
 
 
 def eventually(check: Callable[[], object], timeout_s: float = 5.0) -> None:

@@ -39,13 +39,14 @@ class SimulatedEngine(LLMEngine):
         self._block_size = int(llm_config.engine_kwargs["block_size"])
         engine_config: Any = llm_config.get_engine_config()
         self._model_path: str = engine_config.actual_hf_model_id
-        # What VLLMReplica reads of vLLM's AsyncLLM: for the publisher's settings, and the load.
+        # What VLLMReplica reads of vLLM's AsyncLLM: for the publisher's settings, the load, what was served.
         self._engine_client = SimpleNamespace(
             vllm_config=SimpleNamespace(
                 cache_config=SimpleNamespace(block_size=self._block_size),
                 model_config=SimpleNamespace(tokenizer=self._model_path),
             ),
             output_processor=SimpleNamespace(get_num_unfinished_requests=lambda: 0),
+            logger_manager=None,  # as with `disable_log_stats`
         )
 
     async def start(self) -> None:

@@ -25,10 +25,14 @@ def resolve_redis_url(url: str) -> str:
             f"redis_url: embedded works on one node, and this Ray cluster has {nodes}; "
             "set redis_url: redis://HOST:6379 to a Redis or Valkey that all of them reach"
         )
-    # Ray has no public call for its session folder.
+    return f"{_SCHEME}{session_folder()}/kvcache-valkey.sock"
+
+
+def session_folder() -> Path:
+    """Of this Ray session, on this node. Ray has no public call for it."""
     node = ray._private.worker.global_worker.node
     assert node is not None
-    return f"{_SCHEME}{node.get_session_dir_path()}/kvcache-valkey.sock"
+    return Path(node.get_session_dir_path())
 
 
 class EmbeddedRedis:

@@ -15,6 +15,7 @@ from serve_app.config import GraphArgs
 from serve_app.deployments.metrics import IndexMetrics
 from serve_app.errors import PromptError, StoreError
 from serve_app.index.connection import connect
+from serve_app.index.keyspace import Keyspace
 from serve_app.index.mirror import Mirror
 from serve_app.index.router_log import read_receipts
 from serve_app.once import Once
@@ -70,7 +71,7 @@ class BlockIndex:
         self._mirror.start()
         self._model = ModelId(args.model)
         self._desk = Desk(self._mirror, Chooser(self._mirror.held, weights=args.cost.weights()))
-        self._redis = connect(redis_url, name="kvcache-receipts")
+        self._redis = connect(redis_url, name="kvcache-receipts", slot_of=Keyspace(self._model).receipts)
         self._metrics = IndexMetrics(self._mirror, args.model)
 
     def spec(self) -> EngineSpec | None:
@@ -98,10 +99,26 @@ class BlockIndex:
         return {
             "stale_for_s": round(self._mirror.stale_for_s(), 3),
             "blocks": dict(self._mirror.block_counts()),
+            "shared": [
+                {
+                    "domain": domain.id,
+                    "live": live,
+                    "epoch": domain.epoch,
+                    "address": domain.address,
+                    "chunk_size": domain.chunk_size,
+                    "blocks": heartbeat.blocks if heartbeat else None,
+                    "events_applied": heartbeat.events_applied if heartbeat else None,
+                    "events_skipped": heartbeat.events_skipped if heartbeat else None,
+                    "events_lost": heartbeat.events_lost if heartbeat else None,
+                }
+                for domain, live, heartbeat in self._mirror.domains()
+                if domain.pod is None
+            ],
             "pods": [
                 {
                     "pod": domain.pod,
                     "live": live,
+                    "trust": self._mirror.trust(domain.pod) if domain.pod else None,
                     "epoch": domain.epoch,
                     "address": domain.address,
                     "block_size": domain.spec.block_size,
@@ -112,6 +129,7 @@ class BlockIndex:
                     "events_lost": heartbeat.events_lost if heartbeat else None,
                 }
                 for domain, live, heartbeat in self._mirror.domains()
+                if domain.pod is not None
             ],
         }
 

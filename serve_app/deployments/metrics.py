@@ -11,7 +11,7 @@ from ray.util.metrics import Counter, Gauge, Histogram
 
 from serve_app.index.mirror import Mirror
 from serve_app.routing.receipts import Receipt
-from serve_app.types import Tier
+from serve_app.types import PodId, Tier, Trust
 
 FLUSH_S = 1.0
 _LATENCY_BOUNDARIES_S = [0.0001, 0.0002, 0.0005, 0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0]
@@ -87,7 +87,7 @@ class RouterMetrics:
     def served(self, complete: Receipt) -> None:
         """What the engine took from its cache, beside what was expected."""
         actual = complete.actual
-        if actual is None or not complete.prompt_tokens:
+        if actual is None or not complete.prompt_tokens or complete.incomplete:
             return
         with self._lock:
             self._cached["predicted", complete.chosen] += complete.predicted_cached_tokens
@@ -140,6 +140,12 @@ class IndexMetrics:
         self._stale = Gauge(
             "kvcache_index_stale_seconds", "Time since Redis last answered the mirror.", tag_keys=("model",)
         ).set_default_tags(tags)
+        self._trust = Gauge(
+            "kvcache_index_pod_trust",
+            "1 for the trust that each pod has now (exact, degraded, stale), 0 for the others.",
+            tag_keys=("model", "pod", "trust"),
+        ).set_default_tags(tags)
+        self._trusted: dict[PodId, Trust | None] = {}  # as the gauge says; None: the pod has left
         self._entries = Counter(
             "kvcache_index_log_entries_total",
             "Log entries applied, by kind; loads, gaps, errors.",
@@ -163,15 +169,26 @@ class IndexMetrics:
         self._lag.set(mirror.lag_s)
         if mirror.stale_for_s() != float("inf"):
             self._stale.set(mirror.stale_for_s())
+        self._show_trust()
         for kind, count in list(mirror.counters.items()):
             self._up_to(self._entries, count, ("entries", kind), {"kind": kind})
         self._up_to(self._evicted, mirror.evicted_blocks, ("evicted", ""), {})
         for domain, _, heartbeat in mirror.domains():
-            if heartbeat is None or domain.pod is None:
+            if heartbeat is None:
                 continue
+            name = domain.pod or domain.id  # a shared domain stands for itself
             results = {"applied": heartbeat.events_applied, "lost": heartbeat.events_lost, **heartbeat.events_skipped}
             for result, count in results.items():
-                self._up_to(self._events, count, (domain.pod, result), {"pod": domain.pod, "result": result})
+                self._up_to(self._events, count, (name, result), {"pod": name, "result": result})
+
+    def _show_trust(self) -> None:
+        pods = [domain.pod for domain, _, _ in self._mirror.domains() if domain.pod is not None]
+        now: dict[PodId, Trust | None] = {**dict.fromkeys(self._trusted), **{p: self._mirror.trust(p) for p in pods}}
+        for pod, trust in now.items():
+            if self._trusted.get(pod) != trust:
+                for each in Trust:
+                    self._trust.set(float(each == trust), {"pod": pod, "trust": each})
+        self._trusted = now
 
     def _up_to(self, counter: Counter, total: int, key: tuple[str, str], tags: dict[str, str]) -> None:
         """Raise a Ray counter to a total that is kept elsewhere. A total that fell has started again from 0."""

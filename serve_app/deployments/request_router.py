@@ -154,7 +154,7 @@ class KVCacheAwareRouter(MultiplexMixin, RequestRouter):
             return None, "no_body"
         try:
             found = await asyncio.wait_for(self._indexer.find(body, pods), self._settings.decision_deadline_s)
-            return found, "" if found.complete else "tokens_late"
+            return found, found.incomplete
         except PromptError as error:
             return None, error.reason
         except IndexUnavailable:

@@ -1,6 +1,8 @@
 """Ingress of the graph: the Score API over HTTP.
 
 POST /kvcache/v1/score     an OpenAI request body, plus optional `pods` and `strategy`  ->  ScoreAnswer
+PUT  /kvcache/v1/score     the same. With direct streaming, Ray's HAProxy has the LLM router decide on every POST,
+                           whatever its path: as a PUT, a question to the Score API is not taken for a request.
 GET  /kvcache/v1/pods      what the index knows of every pod
 GET  /kvcache/v1/receipts  the routers' last decisions, each with what came of it
 GET  /kvcache/health
@@ -23,7 +25,7 @@ from serve_app.index.router_log import RECEIPTS_MAX
 from serve_app.indexer import Indexer
 from serve_app.routing.choice import Cost
 from serve_app.scoring import Strategy, score_all
-from serve_app.types import PodId
+from serve_app.types import PodId, Trust
 
 app = FastAPI(title="KVCache Manager")
 
@@ -31,6 +33,7 @@ app = FastAPI(title="KVCache Manager")
 class PodScore(BaseModel):
     score: float
     matched_tokens: dict[str, int] = Field(description="Contiguous prefix by tier, fastest tier first.")
+    trust: Trust = Field(description="exact; degraded: some events were lost; stale: news are overdue.")
     cost_s: dict[str, float] | None = Field(
         None, description="With `expected_ttft`: the terms of the cost, in seconds (serve_app/routing/choice.py)."
     )
@@ -41,7 +44,9 @@ class ScoreAnswer(BaseModel):
     strategy: Strategy
     prompt_tokens: int
     block_size: int
-    complete: bool = Field(description="False: some text could not be tokenized, and only what is known is scored.")
+    complete: bool = Field(
+        description="False: only the known beginning of the prompt is scored, up to an image or to text that is new."
+    )
     scores: dict[str, float] = Field(
         description="The best is the largest. With `expected_ttft` it is minus the expected cost in seconds."
     )
@@ -77,6 +82,7 @@ class Scorer:
         self._indexer = Indexer(RemotePrompts(lambda: prefix_store), RemoteIndex(lambda: block_index), args.strategy)
 
     @app.post("/v1/score", response_model=ScoreAnswer)
+    @app.put("/v1/score", response_model=ScoreAnswer)
     async def score(self, request: Request) -> ScoreAnswer | JSONResponse:
         """Score the pods for the prompt in an OpenAI request body."""
         try:
@@ -109,6 +115,7 @@ class Scorer:
                 str(pod): PodScore(
                     score=value,
                     matched_tokens={str(tier): n for tier, n in found.matched_tokens(pod).items()},
+                    trust=found.trust(pod),
                     cost_s=costs[pod]._asdict() if pod in costs else None,
                 )
                 for pod, value in scores.items()

@@ -25,6 +25,7 @@ from vllm.v1.metrics.loggers import StatLoggerBase
 
 from serve_app.config import REPLICA_HEADER, RouterSettings
 from serve_app.deployments.embedded_redis import resolve_redis_url
+from serve_app.deployments.lmcache import LMCacheAttachment
 from serve_app.errors import ConfigError
 from serve_app.events.publisher import Feed, PublisherConfig
 from serve_app.types import Served
@@ -43,6 +44,7 @@ class VLLMReplica(LLMServer):
         self._pod = serve.get_replica_context().replica_id.unique_id
         self._sockets = Path(tempfile.mkdtemp(prefix="kvcache-"))
         self._supervisor: asyncio.Task[None] | None = None
+        self._holder: asyncio.Task[None] | None = None
         self._ended = _EndedRequests()
         llm_config.update_engine_kwargs(
             kv_events_config={
@@ -52,6 +54,12 @@ class VLLMReplica(LLMServer):
                 "replay_endpoint": f"ipc://{self._sockets}/replay",
             }
         )
+        lmcache = self._settings.lmcache
+        self._lmcache = LMCacheAttachment(lmcache, self._pod) if lmcache else None
+        if self._lmcache is not None:
+            block_size = llm_config.engine_kwargs.get("block_size")
+            llm_config.update_engine_kwargs(kv_transfer_config=await self._lmcache.start(block_size))
+            self._holder = asyncio.create_task(self._lmcache.hold())
         # The engine's own figure of what was cached, in every answer's usage.
         _frontend_kwargs(llm_config).setdefault("enable_prompt_tokens_details", True)
         await super().__init__(llm_config, **kwargs)
@@ -72,7 +80,7 @@ class VLLMReplica(LLMServer):
     def _publisher_config(self) -> PublisherConfig:
         frontend = _frontend_kwargs(self._llm_config)
         vllm_config = self._engine_client().vllm_config
-        return PublisherConfig(
+        config = PublisherConfig(
             redis_url=resolve_redis_url(self._settings.redis_url),
             model=self._settings.model,
             pod=self._pod,
@@ -83,8 +91,10 @@ class VLLMReplica(LLMServer):
             chat_template=load_chat_template(frontend.get("chat_template")),
             content_format=frontend.get("chat_template_content_format", "auto"),
             template_kwargs=json.dumps(kwargs) if (kwargs := frontend.get("default_chat_template_kwargs")) else "",
+            served_names=(self._llm_config.model_id,),  # all that Ray Serve LLM allows; `base:adapter` is a LoRA's
             address=ray.util.get_node_ip_address(),  # type: ignore[no-untyped-call]
         )
+        return config if self._lmcache is None else self._lmcache.attach(config, vllm_config.model_config.model)
 
     def _engine_client(self) -> Any:
         """vLLM's AsyncLLM. Ray has no public way to it."""
@@ -125,9 +135,10 @@ class VLLMReplica(LLMServer):
             await asyncio.sleep(LOAD_POLL_S)
 
     async def __del__(self) -> None:
-        supervisor: asyncio.Task[None] | None = getattr(self, "_supervisor", None)
-        if supervisor is not None:
-            supervisor.cancel()
+        tasks: list[asyncio.Task[None] | None] = [getattr(self, name, None) for name in ("_supervisor", "_holder")]
+        for task in tasks:
+            if task is not None:
+                task.cancel()
         await super().__del__()
 
 

@@ -14,6 +14,7 @@ import threading
 
 import msgspec
 
+from serve_app.errors import ConfigError
 from serve_app.events.publisher import Publisher, PublisherConfig
 
 
@@ -29,7 +30,11 @@ def main() -> None:
             sys.exit("no configuration on stdin")
         first_line += byte
     config = msgspec.json.decode(bytes(first_line), type=PublisherConfig)
-    Publisher(config, feed=sys.stdin.fileno()).run(stop)
+    try:
+        publisher = Publisher(config, feed=sys.stdin.fileno())
+    except ConfigError as error:
+        sys.exit(f"kvcache-publisher: {error}")
+    publisher.run(stop)
 
 
 if __name__ == "__main__":

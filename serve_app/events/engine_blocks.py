@@ -53,11 +53,14 @@ class EngineBlocks:
     Args:
         model: base model id; names the key space.
         block_size: tokens per canonical block. Events whose block size is no multiple of it are skipped.
+        counted: whether a block that is stored twice is there until it is removed twice. An LMCache server says that it
+            stored a chunk once for each rank that wrote its part, and the chunk is gone with the first part.
     """
 
-    def __init__(self, model: ModelId, block_size: int) -> None:
+    def __init__(self, model: ModelId, block_size: int, *, counted: bool = True) -> None:
         self.model = model
         self.block_size = block_size
+        self._counted = counted
         self.skipped: Counter[str] = Counter()
         self._keys_of: dict[EngineHash, BlockKeys] = {}  # its canonical keys
         self._held: dict[Tier, dict[BlockKey, int]] = {}  # copies of each block, by tier
@@ -72,8 +75,7 @@ class EngineBlocks:
                 case BlockRemoved():
                     changes.extend(self._removed(event))
                 case AllBlocksCleared():
-                    self.clear()
-                    changes.append(Cleared())
+                    changes.extend(self._cleared())
         return changes
 
     def clear(self) -> None:
@@ -87,6 +89,22 @@ class EngineBlocks:
 
     def __len__(self) -> int:
         return sum(len(held) for held in self._held.values())
+
+    def _cleared(self) -> Iterator[Change]:
+        """The engine has reset its prefix cache: that is its GPU's. What was offloaded can still be loaded."""
+        gpu = self._held.pop(GPU, {})
+        if not any(self._held.values()):
+            self.clear()
+            yield Cleared()
+            return
+        offloaded = self._held.values()
+        self._keys_of = {
+            engine_hash: packed
+            for engine_hash, packed in self._keys_of.items()
+            if any(packed[-KEY_BYTES:] in held for held in offloaded)
+        }
+        if gpu:
+            yield Removed(GPU, b"".join(gpu))
 
     def _stored(self, event: BlockStored) -> Iterator[Added]:
         if event.group_idx:  # hybrid models: the first group speaks for the block
@@ -116,7 +134,7 @@ class EngineBlocks:
             self._keys_of[engine_hash] = own
             for key in split_keys(own):
                 copies = held.get(key, 0)
-                held[key] = copies + 1
+                held[key] = copies + 1 if self._counted else 1
                 if not copies:
                     added.append(key)
         if added:

@@ -4,6 +4,10 @@ It is a process of its own next to the engine (`python -m serve_app.events`, or 
 Ray does not manage), so that it never takes time from the engine's event loop. It holds the authoritative set of the
 engine's blocks: whenever Redis may have missed something (an error, an expired record, FLUSHALL), or the engine began
 a new life, it joins again under a new epoch and publishes the whole set. One mechanism for every kind of doubt.
+
+The blocks of an LMCache server have a publisher of their own, the only one for them: its source is the server itself,
+its domain belongs to no pod. Engines that are attached to the server name that domain in their own record, and what
+they say of the server's blocks is left out. So a replica that ends, or starts, changes nothing about them.
 """
 
 from __future__ import annotations
@@ -20,8 +24,10 @@ import zmq
 
 from serve_app.errors import StoreError, WireError
 from serve_app.events.engine_blocks import Added, Change, Cleared, EngineBlocks, Removed
+from serve_app.events.lmcache_source import LMCacheSource, decode_records
 from serve_app.events.source import EventSource, Received
-from serve_app.events.wire import BlockStored, decode_batch
+from serve_app.events.wire import AllBlocksCleared, BlockStored, Event, decode_batch
+from serve_app.index.faults import FaultLog
 from serve_app.index.keyspace import HeartbeatRecord
 from serve_app.index.redis_writer import LEASE_TTL_S, RedisWriter
 from serve_app.types import CPU, Domain, DomainId, EngineSpec, Epoch, ModelId, PodId, Served
@@ -31,9 +37,17 @@ logger = logging.getLogger(__name__)
 HEARTBEAT_S = LEASE_TTL_S / 3
 LOAD_REPORT_S = 0.05  # at most one load report in this time, at least one per HEARTBEAT_S
 RETRY_S = 0.5
+RETRY_REFUSED_MAX_S = 8.0  # while Redis answers and refuses, every attempt sends the whole set: then ever less often
 _POLL_MS = 50
 _BATCHES_PER_FLUSH = 2000
 SERVED_MAX = 1000  # requests whose figures wait for Redis; older ones are dropped: they are statistics
+
+
+class LMCacheStream(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """Which part of an LMCache server's stream to publish."""
+
+    model: str  # as the server calls it: the path or id that the engine was given
+    chunk_size: int  # tokens
 
 
 class PublisherConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -50,8 +64,15 @@ class PublisherConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     chat_template: str | None = None
     content_format: str = "auto"
     template_kwargs: str = ""  # JSON
+    served_names: tuple[str, ...] = ()  # more names of the base model; any other name is a LoRA adapter's
     address: str = ""
     lease_ttl_s: float = LEASE_TTL_S
+    attached: tuple[str, ...] = ()  # shared domains that the engine loads from
+    lmcache: LMCacheStream | None = None  # `endpoint` is an LMCache server, `pod` the name of its domain
+
+    @property
+    def domain(self) -> tuple[DomainId, PodId | None]:
+        return DomainId(self.pod), None if self.lmcache else PodId(self.pod)
 
 
 class Feed(msgspec.Struct, frozen=True):
@@ -81,9 +102,13 @@ class Publisher:
         self._config = config
         self._feed = feed
         self._feed_rest = b""
-        self._source = EventSource(config.endpoint, config.replay_endpoint, config.topic)
+        self._source: EventSource | LMCacheSource = (
+            LMCacheSource(config.endpoint, config.lmcache.model)
+            if config.lmcache
+            else EventSource(config.endpoint, config.replay_endpoint, config.topic)
+        )
         self._writer = RedisWriter(config.redis_url, ModelId(config.model), lease_ttl_s=config.lease_ttl_s)
-        self._blocks = EngineBlocks(ModelId(config.model), config.block_size) if config.block_size else None
+        self._blocks = self._new_blocks(config.block_size) if config.block_size else None
         self._domain: Domain | None = None  # as it is in Redis; None: join (again)
         self._last_epoch = 0
         self._in_flight: int | None = None
@@ -92,6 +117,8 @@ class Publisher:
         self._reported_at_s = self._heartbeat_at_s = self._retry_at_s = 0.0
         self._applied = self._lost = self._joins = 0
         self._skipped: Counter[str] = Counter()
+        self._retry_s = RETRY_S
+        self._faults = FaultLog(logger, "publishing everything again when it does as it is asked")
         self._poller = zmq.Poller()
         self._poller.register(self._source.socket, zmq.POLLIN)
         self._poller.register(self._source.monitor, zmq.POLLIN)
@@ -125,10 +152,10 @@ class Publisher:
                 self._writer.flush()
                 self._beat(now)
         except StoreError as error:
-            if self._domain is not None:
-                logger.warning("redis: %s; publishing everything again when it answers", error)
+            self._faults.failed(error)
             self._domain = None
-            self._retry_at_s = time.monotonic() + RETRY_S
+            self._retry_at_s = time.monotonic() + self._retry_s
+            self._retry_s = min(2 * self._retry_s, RETRY_REFUSED_MAX_S) if error.refused else RETRY_S
         return True
 
     def _take(self, batches: Iterable[Received]) -> None:
@@ -146,7 +173,11 @@ class Publisher:
 
     def _apply(self, payload: bytes) -> None:
         try:
-            batch = decode_batch(payload)
+            batch = (
+                decode_records(payload, self._config.lmcache.chunk_size)
+                if self._config.lmcache
+                else decode_batch(payload)
+            )
         except WireError as error:
             self._skipped["malformed_batch"] += 1
             logger.warning("%s", error)
@@ -157,10 +188,14 @@ class Publisher:
             size = next((e.block_size for e in batch.events if isinstance(e, BlockStored) and _is_gpu(e)), 0)
             if not size:
                 return
-            self._blocks = EngineBlocks(ModelId(self._config.model), size)
-        changes = self._blocks.apply(batch.events)
+            self._blocks = self._new_blocks(size)
+        own = [event for event in batch.events if _is_gpu(event)] if self._config.attached else batch.events
+        changes = self._blocks.apply(own)
         if self._domain is not None:
             self._publish(self._domain, changes)
+
+    def _new_blocks(self, block_size: int) -> EngineBlocks:
+        return EngineBlocks(ModelId(self._config.model), block_size, counted=self._config.lmcache is None)
 
     def _publish(self, domain: Domain, changes: Iterable[Change]) -> None:
         for change in changes:
@@ -185,8 +220,18 @@ class Publisher:
             config.chat_template,
             config.content_format,
             config.template_kwargs,
+            config.served_names,
         )
-        domain = Domain(DomainId(config.pod), Epoch(self._last_epoch), spec, PodId(config.pod), config.address)
+        domain_id, pod = config.domain
+        domain = Domain(
+            domain_id,
+            Epoch(self._last_epoch),
+            spec,
+            pod,
+            config.address,
+            attached=tuple(DomainId(domain) for domain in config.attached),
+            chunk_size=config.lmcache.chunk_size if config.lmcache else 0,
+        )
         self._writer.join(domain)
         for tier, keys in self._blocks.snapshot().items():
             self._writer.add(domain.id, domain.epoch, tier, keys)
@@ -195,6 +240,8 @@ class Publisher:
         self._joins += 1
         self._heartbeat_at_s = 0.0
         self._beat(now_s)
+        self._retry_s = RETRY_S
+        self._faults.healed()
         logger.info("joined %s as %s with %d blocks", config.model, config.pod, len(self._blocks))
 
     def _beat(self, now_s: float) -> None:
@@ -250,5 +297,5 @@ class Publisher:
             logger.warning("redis: %s; the lease will end in %s s", error, self._config.lease_ttl_s)
 
 
-def _is_gpu(event: BlockStored) -> bool:
-    return event.medium is None or event.medium.lower() != CPU
+def _is_gpu(event: Event) -> bool:
+    return isinstance(event, AllBlocksCleared) or event.medium is None or event.medium.lower() != CPU

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from typing import Protocol
 
-from serve_app.types import BlockKeys, Domain, DomainId, Epoch, PodId, PodMatch, Tier
+from serve_app.types import BlockKeys, Domain, DomainId, Epoch, PodId, PodMatch, Tier, Trust
 
 
 class IndexReader(Protocol):
@@ -23,12 +23,18 @@ class IndexReader(Protocol):
         """
         ...
 
+    def trust(self, pod: PodId) -> Trust:
+        """How far a match of this pod can be relied on. An unknown pod is stale."""
+        ...
+
 
 class IndexWriter(Protocol):
     """Takes the changes of domains. Changes of an epoch that is not the domain's current one are ignored."""
 
     def join(self, domain: Domain) -> None:
-        """Register a domain, empty. A domain that was there with another epoch loses its blocks."""
+        """Register a domain, empty. A domain that was there with another epoch loses its blocks; with the same, it
+        keeps them, and only its record changes.
+        """
         ...
 
     def add(self, domain: DomainId, epoch: Epoch, tier: Tier, keys: BlockKeys) -> None: ...

@@ -3,6 +3,7 @@
     kv:{m}:domains                          hash    domain id -> DomainRecord
     kv:{m}:lease:<domain>                   string  HeartbeatRecord, with expiry; gone = the domain is dead
     kv:{m}:blocks:<domain>:<epoch>:<tier>   set     8-byte block keys: the state that a new follower loads
+    kv:{m}:seqs                             hash    domain id -> epoch and number of its last entry in the log
     kv:{m}:log                              stream  one LogRecord per entry, under the field `r`
     kv:{m}:routers                          zset    router id -> seconds since 1970 when it was last there
     kv:{m}:receipts                         stream  one receipt per entry (JSON), under the field `r`, the last thousand
@@ -31,6 +32,10 @@ class DomainRecord(msgspec.Struct, array_like=True, frozen=True):
     content_format: str = "auto"
     tiers: tuple[str, ...] = ()  # tiers that may have a blocks set in this epoch
     template_kwargs: str = ""
+    degraded: bool = False
+    served_names: tuple[str, ...] = ()
+    attached: tuple[str, ...] = ()
+    chunk_size: int = 0
 
     @classmethod
     def of(cls, domain: Domain, tiers: tuple[str, ...] = ()) -> DomainRecord:
@@ -46,6 +51,10 @@ class DomainRecord(msgspec.Struct, array_like=True, frozen=True):
             spec.content_format,
             tiers,
             spec.template_kwargs,
+            domain.degraded,
+            spec.served_names,
+            domain.attached,
+            domain.chunk_size,
         )
 
     def domain(self, domain_id: DomainId) -> Domain:
@@ -59,9 +68,13 @@ class DomainRecord(msgspec.Struct, array_like=True, frozen=True):
                 self.chat_template,
                 self.content_format,
                 self.template_kwargs,
+                self.served_names,
             ),
             pod=None if self.pod is None else PodId(self.pod),
             address=self.address,
+            degraded=self.degraded,
+            attached=tuple(DomainId(domain) for domain in self.attached),
+            chunk_size=self.chunk_size,
         )
 
 
@@ -75,10 +88,14 @@ class HeartbeatRecord(msgspec.Struct, array_like=True, frozen=True):
     events_lost: int = 0  # batches that the engine sent and that could not be had again
     events_skipped: dict[str, int] = {}
     resyncs: int = 0
+    beat: int = 0  # counts the renewals: one that does not change is late
 
 
 class LogRecord(msgspec.Struct, array_like=True, frozen=True):
-    """One change. `op` is join | add | remove | clear | leave; or load | route, which are no state of a domain."""
+    """One change. `op` is join | add | remove | clear | leave; or load | route, which are no state of a domain.
+
+    A join of the current epoch renews the domain's record.
+    """
 
     op: str
     domain: str
@@ -93,12 +110,20 @@ class LogRecord(msgspec.Struct, array_like=True, frozen=True):
     tokens: int = 0  # with `route`: prefill that it has to do
 
 
+class SeqRecord(msgspec.Struct, array_like=True, frozen=True):
+    """The state is what the log says up to here. Written with every transaction, so that what is lost is noticed."""
+
+    epoch: int
+    seq: int
+
+
 class Keyspace:
     """Key names of one model."""
 
     def __init__(self, model: ModelId) -> None:
         self._prefix = f"kv:{{{model}}}"
         self.domains = f"{self._prefix}:domains"
+        self.seqs = f"{self._prefix}:seqs"
         self.log = f"{self._prefix}:log"
         self.routers = f"{self._prefix}:routers"
         self.receipts = f"{self._prefix}:receipts"
@@ -113,4 +138,5 @@ class Keyspace:
 encode = msgspec.msgpack.encode
 decode_domain = msgspec.msgpack.Decoder(DomainRecord).decode
 decode_heartbeat = msgspec.msgpack.Decoder(HeartbeatRecord).decode
+decode_seq = msgspec.msgpack.Decoder(SeqRecord).decode
 decode_log = msgspec.msgpack.Decoder(LogRecord).decode

@@ -7,6 +7,12 @@ before it, say where every domain's match ends:
     masks     11     01     01     00
     ANDed     11     01     01     00            so b matched 1 block, a matched 3
 
+A shared domain (an LMCache server) is a bit like any other. What it holds counts for the pods that are attached to it,
+as vLLM's LMCacheMPConnector loads it: whole chunks from the beginning of the prompt, of which the engine needs those
+behind its own blocks. So a pod's match is the longer one of the two, never one continued by the other in mid-prompt:
+
+    chunks of 2 blocks; the pod has k0 in GPU; the server has k0 k1 k2 (k3 is not of this prompt) -> gpu 1, lmcache 1
+
 Readers need no lock: they take `_live` and `_tiers` once, both of which are replaced and never changed in place.
 Writers must be one thread.
 """
@@ -15,12 +21,13 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from operator import itemgetter
 from typing import NamedTuple
 
 import numpy as np
 
 from serve_app.index.table import BlockTable
-from serve_app.types import GPU, BlockKeys, Domain, DomainId, Epoch, PodId, PodMatch, Tier
+from serve_app.types import GPU, BlockKeys, Domain, DomainId, Epoch, PodId, PodMatch, Tier, Trust
 
 DEFAULT_MAX_BLOCKS = 20_000_000  # some 50 bytes each (benchmarks/bench_read_path.py)
 _EVICT_SHARE = 64  # evict 1/64 at a time: finding the oldest costs a pass over all
@@ -34,6 +41,13 @@ class _Member:
     domain: Domain
     bit: int  # position in the masks
     live: bool = True  # its lease is held
+    late: bool = False  # its heartbeat is overdue
+
+    @property
+    def trust(self) -> Trust:
+        if self.late or not self.live:
+            return Trust.STALE
+        return Trust.DEGRADED if self.domain.degraded else Trust.EXACT
 
 
 class _Group(NamedTuple):
@@ -48,15 +62,31 @@ class _Group(NamedTuple):
 
 
 class _Live:
-    """The pods that are there now, as a reader needs them."""
+    """The domains that are there now, as a reader needs them. Bits are masks of one bit."""
 
-    __slots__ = ("bit_of", "mask", "no_match", "pod_of")
+    __slots__ = ("attached", "bit_of", "chunk_of", "distrusted", "mask", "no_match", "pod_of", "shared", "trust_of")
 
-    def __init__(self, bit_of: dict[PodId, int]) -> None:
-        self.bit_of = bit_of  # as masks of one bit
-        self.pod_of = {bit: pod for pod, bit in bit_of.items()}
-        self.mask = sum(bit_of.values())
-        self.no_match = dict.fromkeys(bit_of, _NO_MATCH)
+    def __init__(self, members: Iterable[_Member]) -> None:
+        live = [member for member in members if member.live]
+        self.bit_of = {member.domain.pod: 1 << member.bit for member in live if member.domain.pod is not None}
+        self.trust_of = {member.domain.pod: member.trust for member in live if member.domain.pod is not None}
+        self.distrusted = {pod: trust for pod, trust in self.trust_of.items() if trust is not Trust.EXACT}
+        self.pod_of = {bit: pod for pod, bit in self.bit_of.items()}
+        self.mask = sum(self.pod_of)
+        self.no_match = dict.fromkeys(self.bit_of, _NO_MATCH)
+        shared = {member.domain.id: member for member in live if member.domain.pod is None}
+        self.attached = {  # pod's bit -> bits of what it can load from
+            1 << member.bit: sum(1 << shared[domain].bit for domain in set(member.domain.attached) & shared.keys())
+            for member in live
+            if member.domain.pod is not None
+        }
+        self.shared = 0  # bits of all that some pod can load from
+        for mask in self.attached.values():
+            self.shared |= mask
+        self.chunk_of = {  # shared bit -> blocks per chunk
+            1 << member.bit: max(1, member.domain.chunk_size // member.domain.spec.block_size)
+            for member in shared.values()
+        }
 
 
 class MemoryIndex:
@@ -74,7 +104,7 @@ class MemoryIndex:
         self._tiers: dict[Tier, BlockTable] = {}
         self._members: dict[DomainId, _Member] = {}
         self._block_size = 0
-        self._live = _Live({})
+        self._live = _Live(())
 
     # -- writer ---------------------------------------------------------------------------------------------------
 
@@ -82,6 +112,7 @@ class MemoryIndex:
         known = self._members.get(domain.id)
         if known is not None and known.domain.epoch == domain.epoch:
             known.domain = domain
+            self._refresh()
             return
         if known is not None:
             self._drop(domain.id)
@@ -119,11 +150,11 @@ class MemoryIndex:
         if self._current(domain, epoch) is not None:
             self._drop(domain)
 
-    def set_live(self, domain: DomainId, live: bool) -> None:
+    def set_live(self, domain: DomainId, live: bool, *, late: bool = False) -> None:
         """A domain without a lease matches nothing; its blocks are kept in case the lease comes back."""
         member = self._members.get(domain)
-        if member is not None and member.live != live:
-            member.live = live
+        if member is not None and (member.live, member.late) != (live, late):
+            member.live, member.late = live, late
             self._refresh()
 
     # -- reader ---------------------------------------------------------------------------------------------------
@@ -141,22 +172,26 @@ class MemoryIndex:
         if not wanted:
             return found
         tables = self._tiers
-        groups = [_Group(wanted, 0, {})]
+        shared = live.shared
+        groups = [_Group(wanted | shared, 0, {})]
         for tier, table in tables.items():  # a slower tier goes on where the faster one ended
+            members = table.members
             groups = [
                 _Group(mask, end, group.with_tokens(tier, (end - group.end) * block_size))
                 for group in groups
-                for end, mask in table.runs(keys, group.end, group.mask)
+                for end, mask in (
+                    table.runs(keys, group.end, group.mask) if group.mask & members else ((group.end, group.mask),)
+                )
             ]
-        hits = _hit_counts(tables.values(), keys, wanted) if count_hits else None
+        loads = [group for group in groups if group.mask & shared and group.end] if shared else []
+        if loads or count_hits:
+            self._fill(found, keys, groups, loads, live, count_hits)
+            return found
         for group in groups:
-            if hits is None and group.end:
+            if group.end:
                 match = PodMatch(group.tokens, group.end)
                 for bit in _each_bit(group.mask):
                     found[live.pod_of[bit]] = match
-            elif hits:
-                for bit in _each_bit(group.mask):
-                    found[live.pod_of[bit]] = PodMatch(group.tokens, hits.get(bit, 0))
         return found
 
     def held(self, pods: Sequence[PodId], keys: BlockKeys) -> list[bool]:
@@ -169,6 +204,53 @@ class MemoryIndex:
                 if 0 <= place < len(words) and words[place] >> bit & 1:
                     found[i] = True
         return found
+
+    @property
+    def distrusted(self) -> Mapping[PodId, Trust]:
+        """Live pods whose matches are not exact."""
+        return self._live.distrusted
+
+    def trust(self, pod: PodId) -> Trust:
+        return self._live.trust_of.get(pod, Trust.STALE)
+
+    def _fill(
+        self,
+        found: dict[PodId, PodMatch],
+        keys: BlockKeys,
+        groups: Sequence[_Group],
+        loads: Sequence[_Group],
+        live: _Live,
+        count_hits: bool,
+    ) -> None:
+        """Matches of pods that can load from shared domains, or whose hits are counted."""
+        reach = {  # shared bit -> blocks of whole chunks, and how they were matched
+            bit: (load.end - load.end % live.chunk_of[bit], load)
+            for load in loads
+            for bit in _each_bit(load.mask & live.shared)
+        }
+        hits = None
+        if count_hits:
+            of = {bit: bit | live.attached[bit] for group in groups for bit in _each_bit(group.mask & ~live.shared)}
+            hits = _hit_counts(self._tiers.values(), keys, of)
+        longest: dict[int, tuple[int, _Group | None]] = {}  # by what a pod is attached to
+        for group in groups:
+            matches: dict[int, PodMatch] = {}  # the same
+            for bit in _each_bit(group.mask & ~live.shared):
+                attached = live.attached[bit]
+                match = matches.get(attached)
+                if match is None:
+                    if attached not in longest:
+                        loadable = [reach[other] for other in _each_bit(attached) if other in reach]
+                        longest[attached] = max(loadable, key=itemgetter(0), default=(0, None))
+                    end, load = longest[attached]
+                    match = matches[attached] = (
+                        PodMatch(group.tokens, group.end)
+                        if load is None or end <= group.end
+                        else _beyond(group, load, end, self._block_size)
+                    )
+                if hits is not None:
+                    match = PodMatch(match.tokens, hits.get(bit, 0))
+                found[live.pod_of[bit]] = match
 
     def pods(self) -> list[PodId]:
         """Live pods."""
@@ -206,13 +288,7 @@ class MemoryIndex:
             table.erase(bit)
 
     def _refresh(self) -> None:
-        self._live = _Live(
-            {
-                member.domain.pod: 1 << member.bit
-                for member in self._members.values()
-                if member.live and member.domain.pod is not None
-            }
-        )
+        self._live = _Live(self._members.values())
 
     def _in_order(self, tiers: dict[Tier, BlockTable]) -> dict[Tier, BlockTable]:
         rank = {tier: i for i, tier in enumerate(self._tier_order)}
@@ -227,14 +303,32 @@ def _each_bit(mask: int) -> Iterator[int]:
         mask ^= bit
 
 
-def _hit_counts(tables: Iterable[BlockTable], keys: BlockKeys, wanted: int) -> dict[int, int]:
-    """How many of the keys each bit of `wanted` holds in any tier, in any place; bits without one are left out."""
-    counts: dict[int, int] = {}
+def _beyond(own: _Group, load: _Group, end: int, block_size: int) -> PodMatch:
+    """What the pod has, and behind it what `load` has before block `end`."""
+    tokens, start = dict(own.tokens), own.end * block_size
+    at = 0
+    for tier, count in load.tokens.items():
+        more = min(at + count, end * block_size) - max(at, start)
+        if more > 0:
+            tokens[tier] = tokens.get(tier, 0) + more
+        at += count
+    return PodMatch(tokens, end)
+
+
+def _hit_counts(tables: Iterable[BlockTable], keys: BlockKeys, of: Mapping[int, int]) -> dict[int, int]:
+    """By bit, how many of the keys any domain of its mask holds in any tier, in any place."""
     by_tier = [table.masks(keys) for table in tables]
-    for i in range(max((masks.shape[1] for masks in by_tier), default=0)):
-        held = np.bitwise_or.reduce([masks[:, i] for masks in by_tier if i < masks.shape[1]])
-        for bit in _each_bit(wanted >> i * _WORD_BITS & _WORD):
-            count = int(np.count_nonzero(held & np.uint64(bit)))
-            if count:
-                counts[bit << i * _WORD_BITS] = count
+    held = [
+        np.bitwise_or.reduce([masks[:, i] for masks in by_tier if i < masks.shape[1]])
+        for i in range(max((masks.shape[1] for masks in by_tier), default=0))
+    ]
+    if not held:
+        return {}
+    counts: dict[int, int] = {}
+    for bit, mask in of.items():
+        hit = np.zeros(len(held[0]), bool)
+        for i, words in enumerate(held):
+            if word := mask >> i * _WORD_BITS & _WORD:
+                hit |= (words & np.uint64(word)).astype(bool)
+        counts[bit] = int(np.count_nonzero(hit))
     return counts

@@ -17,19 +17,23 @@ import threading
 import time
 from collections import Counter, deque
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any, TypeVar
 
 import redis
 
 from serve_app.index.connection import connect, redact
+from serve_app.index.faults import FaultLog, store_error
 from serve_app.index.keyspace import (
     LOG_FIELD,
     HeartbeatRecord,
     Keyspace,
     LogRecord,
+    SeqRecord,
     decode_domain,
     decode_heartbeat,
     decode_log,
+    decode_seq,
     encode,
 )
 from serve_app.index.memory import DEFAULT_MAX_BLOCKS, MemoryIndex
@@ -47,16 +51,19 @@ from serve_app.types import (
     Routed,
     Served,
     Tier,
+    Trust,
 )
 
 logger = logging.getLogger(__name__)
 
+STALE_AFTER_S = 2.0  # without an answer of Redis every pod is stale, without news of its heartbeat that pod
 CHECK_PERIOD_S = 1.0  # leases, and whether the log still has what we need
 READ_BLOCK_MS = 200
 READ_COUNT = 1000  # entries per XREAD
 SCAN_COUNT = 10_000  # keys per SSCAN
 BURY_AFTER_S = 60.0  # a domain without a lease for so long is dropped from Redis
 RETRY_S = 0.5
+_LOG_START = "0-0"
 NEWS_MAX = 10_000  # what nobody asks for is dropped, oldest first
 
 _Item = TypeVar("_Item")
@@ -87,19 +94,21 @@ class Mirror:
         bury: bool = False,
     ) -> None:
         self._url = url
-        self._redis = connect(url, name="kvcache-mirror")
         self._keys = Keyspace(model)
+        self._redis = connect(url, name="kvcache-mirror", slot_of=self._keys.log)
+        self._faults = FaultLog(logger, f"going on with the index of {redact(url)} as it is")
         self._max_blocks = max_blocks
         self._tier_order = tuple(tier_order)
         self._index = self._new_index()
         self._bury = bury
         self._position: str | None = None  # id of the last log entry applied; None: nothing is loaded
-        self._seq: dict[DomainId, int] = {}
+        self._seq: dict[DomainId, tuple[Epoch, int]] = {}  # of the last entry applied
         self._lease_lost_at_s: dict[DomainId, float] = {}
         self._loads: dict[PodId, PodLoad] = {}
         self._served: deque[tuple[PodId, Sequence[Served]]] = deque(maxlen=NEWS_MAX)
         self._routed: deque[tuple[str, Routed]] = deque(maxlen=NEWS_MAX)
         self._heartbeats: dict[DomainId, HeartbeatRecord] = {}
+        self._heard_at_s: dict[DomainId, float] = {}  # when the heartbeat was seen to change
         self._fresh_at_s: float | None = None  # monotonic; None: never loaded
         self._lag_s = 0.0
         self._check_at_s = 0.0
@@ -129,7 +138,13 @@ class Mirror:
     def match(
         self, keys: BlockKeys, pods: Iterable[PodId] | None = None, *, count_hits: bool = False
     ) -> Mapping[PodId, PodMatch]:
-        return self._index.match(keys, pods, count_hits=count_hits)
+        """See IndexReader; each match says how far it can be relied on."""
+        index = self._index
+        found = index.match(keys, pods, count_hits=count_hits)
+        distrusted = dict.fromkeys(found, Trust.STALE) if self.stale_for_s() > STALE_AFTER_S else index.distrusted
+        for pod in distrusted.keys() & found.keys():
+            found[pod] = replace(found[pod], trust=distrusted[pod])
+        return found
 
     def held(self, pods: Sequence[PodId], keys: BlockKeys) -> list[bool]:
         """Whether each pod holds the block beside it."""
@@ -137,6 +152,10 @@ class Mirror:
 
     def pods(self) -> list[PodId]:
         return self._index.pods()
+
+    def trust(self, pod: PodId) -> Trust:
+        """How far a match of this pod can be relied on. An unknown pod is stale."""
+        return Trust.STALE if self.stale_for_s() > STALE_AFTER_S else self._index.trust(pod)
 
     def domains(self) -> list[tuple[Domain, bool, HeartbeatRecord | None]]:
         """Every known domain: its record, whether it is live, its last heartbeat."""
@@ -180,27 +199,21 @@ class Mirror:
     # -- thread ---------------------------------------------------------------------------------------------------
 
     def _run(self) -> None:
-        failing = False
         while not self._stop.is_set():
             try:
                 if self._position is None:
                     self._load()
                 self._check()
                 self._follow()
-                if failing:
-                    logger.info("redis %s answers again", redact(self._url))
-                failing = False
+                self._faults.healed()
             except _LogGapError as gap:
                 logger.warning("index of %s is loaded again: %s", self._keys.log, gap)
                 self.counters["gaps"] += 1
                 self._position = None
             except (redis.RedisError, OSError) as error:
-                if not failing and self._ready.is_set():
-                    logger.warning("redis %s: %s; going on with the index as it is", redact(self._url), error)
-                elif not failing:
-                    logger.info("waiting for redis %s", redact(self._url))
-                failing = True
+                self._faults.failed(store_error(error, self._keys))
                 self.counters["errors"] += 1
+                self._check_at_s = 0.0  # what answers next may be another server: see that it has the log we read
                 self._stop.wait(RETRY_S)
             except Exception:
                 logger.exception("mirror of %s: loading again", self._keys.log)
@@ -213,8 +226,11 @@ class Mirror:
 
     def _load(self) -> None:
         """Build a new index from the sets and put it in the place of the old one."""
-        last: Any = self._redis.xrevrange(self._keys.log, count=1)
-        position = last[0][0].decode() if last else "0-0"
+        with self._redis.pipeline(transaction=True) as pipeline:
+            pipeline.xrevrange(self._keys.log, count=1)
+            pipeline.hgetall(self._keys.seqs)
+            last, seqs = pipeline.execute()
+        position = last[0][0].decode() if last else _LOG_START
         index = self._new_index()
         records: Any = self._redis.hgetall(self._keys.domains)
         for raw_id, raw in records.items():
@@ -224,7 +240,7 @@ class Mirror:
             for tier in record.tiers:
                 for keys in self._scan(self._keys.blocks(domain.id, domain.epoch, Tier(tier))):
                     index.add(domain.id, domain.epoch, Tier(tier), keys)
-        self._seq = {}
+        self._seq = {DomainId(raw_id.decode()): _seq(decode_seq(raw)) for raw_id, raw in seqs.items()}
         self._check_leases(index)
         self._index = index
         self._position = position
@@ -240,7 +256,7 @@ class Mirror:
             yield b"".join(keys)
 
     def _follow(self) -> None:
-        answer: Any = self._redis.xread({self._keys.log: self._position or "0-0"}, READ_COUNT, READ_BLOCK_MS)
+        answer: Any = self._redis.xread({self._keys.log: self._position or _LOG_START}, READ_COUNT, READ_BLOCK_MS)
         self._fresh_at_s = time.monotonic()
         entries = _entries(answer)
         for entry_id, fields in entries:
@@ -278,11 +294,14 @@ class Mirror:
                 self.counters["unknown_op"] += 1
 
     def _expect(self, domain: DomainId, record: LogRecord) -> None:
-        """Entries of a domain are numbered without gaps; the first one after a load is taken as it is."""
-        last = self._seq.get(domain)
-        self._seq[domain] = record.seq
-        if record.op != "join" and last is not None and record.seq > last + 1:
-            raise _LogGapError(f"{domain}: entry {last + 1} to {record.seq - 1} are missing")
+        """Entries of an epoch are numbered without gaps, from its join on; the load has said where we are."""
+        last, now = self._seq.get(domain), (Epoch(record.epoch), record.seq)
+        if last is None or record.op == "join":
+            self._seq[domain] = now
+        elif now[0] > last[0] or (now[0] == last[0] and now[1] > last[1] + 1):
+            raise _LogGapError(f"{domain}: entries between {last} and {now} (epoch, number) are missing")
+        else:
+            self._seq[domain] = max(last, now)
 
     def _check(self) -> None:
         """Once per period: leases, and whether the log still has what we have not read."""
@@ -300,30 +319,29 @@ class Mirror:
         if not domains:
             return
         leases: Any = self._redis.mget([self._keys.lease(domain.id) for domain in domains])
+        now = time.monotonic()
         for domain, lease in zip(domains, leases, strict=True):
             if lease is None:
-                self._lease_lost_at_s.setdefault(domain.id, time.monotonic())
+                self._lease_lost_at_s.setdefault(domain.id, now)
                 index.set_live(domain.id, False)
                 continue
             self._lease_lost_at_s.pop(domain.id, None)
-            heartbeat = self._heartbeats[domain.id] = decode_heartbeat(lease)
-            index.set_live(domain.id, heartbeat.epoch == domain.epoch)
+            heartbeat = decode_heartbeat(lease)
+            if heartbeat != self._heartbeats.get(domain.id):
+                self._heartbeats[domain.id] = heartbeat
+                self._heard_at_s[domain.id] = now
+            late = now - self._heard_at_s[domain.id] > STALE_AFTER_S
+            index.set_live(domain.id, heartbeat.epoch == domain.epoch, late=late)
             if heartbeat.in_flight is not None and domain.pod not in self._loads:
                 self._note_load(domain.id, heartbeat.in_flight)
 
     def _check_log(self) -> None:
-        if not self._redis.exists(self._keys.log):
-            if self._index.domains():
-                raise _LogGapError("the log is gone")
+        """The entry that was applied last is still there: it is the log that we read, and nothing after it is gone."""
+        position = self._position or _LOG_START
+        if position == _LOG_START:
             return
-        info: Any = self._redis.xinfo_stream(self._keys.log)
-        position = _id(self._position or "0-0")
-        if _id(info["last-generated-id"]) < position:
-            raise _LogGapError("the log went backwards")
-        first = info.get("first-entry")
-        trimmed = info["entries-added"] > info["length"]
-        if first and trimmed and position < _id(first[0]):
-            raise _LogGapError("the log was trimmed past what was read")
+        if not self._redis.xrevrange(self._keys.log, position, position, count=1):
+            raise _LogGapError("it was trimmed past what was read, or Redis lost data")
 
     def _bury_dead(self, now_s: float) -> None:
         """Delete what is left of domains that died without a word: only if the lease is still gone."""
@@ -343,6 +361,7 @@ class Mirror:
                     for tier in record.tiers:
                         pipeline.unlink(self._keys.blocks(domain.id, Epoch(record.epoch), Tier(tier)))
                     pipeline.hdel(self._keys.domains, domain.id)
+                    pipeline.hdel(self._keys.seqs, domain.id)
                 pipeline.xadd(self._keys.log, {LOG_FIELD: encode(LogRecord("leave", domain.id, domain.epoch))})
                 pipeline.execute()
 
@@ -353,6 +372,7 @@ class Mirror:
 
     def _forget(self, domain: DomainId) -> None:
         self._heartbeats.pop(domain, None)
+        self._heard_at_s.pop(domain, None)
         self._lease_lost_at_s.pop(domain, None)
         self._seq.pop(domain, None)
 
@@ -372,7 +392,5 @@ def _entries(answer: Any) -> list[tuple[bytes, dict[bytes, bytes]]]:
     return list(answer[0][1])
 
 
-def _id(raw: bytes | str) -> tuple[int, int]:
-    text = raw.decode() if isinstance(raw, bytes) else raw
-    ms, _, n = text.partition("-")
-    return int(ms), int(n or 0)
+def _seq(record: SeqRecord) -> tuple[Epoch, int]:
+    return Epoch(record.epoch), record.seq

@@ -1,11 +1,13 @@
 """Publish the changes of domains to Redis: state (sets, domain record, lease) and log entry in one transaction.
 
 Calls are buffered; `flush` sends them all in one MULTI, consecutive changes of one kind merged. When `flush` fails it
-is not known what arrived: the caller joins again under a new epoch, and everything older is void.
+is not known what arrived: the caller joins again under a new epoch, and everything older is void. What Redis lost
+later (a failover, a restart from an older snapshot, a deleted or evicted key) shows at the next heartbeat.
 """
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -13,15 +15,17 @@ from typing import Any
 import redis
 
 from serve_app.blocks import KEY_BYTES, split_keys
-from serve_app.errors import StoreError
 from serve_app.index.connection import connect
+from serve_app.index.faults import store_error
 from serve_app.index.keyspace import (
     LOG_FIELD,
     DomainRecord,
     HeartbeatRecord,
     Keyspace,
     LogRecord,
+    SeqRecord,
     decode_domain,
+    decode_seq,
     encode,
 )
 from serve_app.types import BlockKeys, Domain, DomainId, Epoch, ModelId, Served, Tier
@@ -39,6 +43,7 @@ class _Published:
     domain: Domain
     tiers: set[Tier] = field(default_factory=set)
     seq: int = 0
+    flushed_seq: int = 0  # `seq` that Redis has confirmed
 
 
 class RedisWriter:
@@ -51,19 +56,27 @@ class RedisWriter:
     """
 
     def __init__(self, url: str, model: ModelId, *, lease_ttl_s: float = LEASE_TTL_S) -> None:
-        self._redis = connect(url, name="kvcache-publisher")
         self._keys = Keyspace(model)
+        self._redis = connect(url, name="kvcache-publisher", slot_of=self._keys.log)
         self._lease_ttl_ms = int(lease_ttl_s * 1000)
         self._published: dict[DomainId, _Published] = {}
         self._pipeline = self._redis.pipeline(transaction=True)
+        self._set_sizes: Counter[str] = Counter()  # blocks set -> members, by Redis' own answers
         self._run: tuple[str, DomainId, Tier] | None = None  # kind of change in `_run_keys`
         self._run_keys: list[BlockKeys] = []
 
     # -- IndexWriter, buffered ------------------------------------------------------------------------------------
 
     def join(self, domain: Domain) -> None:
-        """Register a domain under its (new) epoch and drop what an earlier epoch left."""
+        """Register a domain under its (new) epoch and drop what an earlier epoch left; or change its record."""
         self._end_run()
+        known = self._current(domain.id, domain.epoch)
+        if known is not None:
+            known.domain = domain
+            record = DomainRecord.of(domain, tuple(sorted(known.tiers)))
+            self._pipeline.hset(self._keys.domains, domain.id, encode(record))
+            self._log(known, "join", record=record)
+            return
         self._drop_state(domain.id)
         published = self._published[domain.id] = _Published(domain)
         self._pipeline.hset(self._keys.domains, domain.id, encode(DomainRecord.of(domain)))
@@ -90,6 +103,7 @@ class RedisWriter:
         self._end_run()
         self._unlink(published)
         self._pipeline.hdel(self._keys.domains, domain)
+        self._pipeline.hdel(self._keys.seqs, domain)
         self._pipeline.delete(self._keys.lease(domain))
         self._log(published, "leave")
         del self._published[domain]
@@ -103,17 +117,33 @@ class RedisWriter:
         self._end_run()
         if not len(self._pipeline):
             return
+        unflushed = [published for published in self._published.values() if published.seq > published.flushed_seq]
+        for published in unflushed:
+            record = SeqRecord(published.domain.epoch, published.seq)
+            self._pipeline.hset(self._keys.seqs, published.domain.id, encode(record))
+        commands = [arguments for arguments, _ in self._pipeline.command_stack]
         try:
-            self._pipeline.execute()
+            answers = self._pipeline.execute()
         except (redis.RedisError, OSError) as error:
-            raise StoreError(str(error)) from error
+            raise store_error(error, self._keys) from error
         finally:
             self._pipeline.reset()
+        for published in unflushed:
+            published.flushed_seq = published.seq
+        for command, answer in zip(commands, answers, strict=True):
+            match command[0]:
+                case "SADD":
+                    self._set_sizes[command[1]] += answer
+                case "SREM":
+                    self._set_sizes[command[1]] -= answer
+                case "UNLINK":
+                    for name in command[1:]:
+                        del self._set_sizes[name]
 
     # -- lease and load -------------------------------------------------------------------------------------------
 
     def heartbeat(self, domain: DomainId, record: HeartbeatRecord) -> bool:
-        """Renew the lease. False: Redis no longer has this domain under this epoch; join again.
+        """Renew the lease. False: Redis no longer has all that was flushed under this epoch; join again.
 
         Raises:
             StoreError: Redis did not answer.
@@ -125,12 +155,22 @@ class RedisWriter:
             pipeline = self._redis.pipeline(transaction=True)
             pipeline.set(self._keys.lease(domain), encode(record), px=self._lease_ttl_ms)
             pipeline.hget(self._keys.domains, domain)
-            for tier in published.tiers:
-                pipeline.expire(self._keys.blocks(domain, published.domain.epoch, tier), STATE_TTL_S)
-            _, stored, *_ = pipeline.execute()
+            pipeline.hget(self._keys.seqs, domain)
+            sets = [self._keys.blocks(domain, published.domain.epoch, tier) for tier in published.tiers]
+            for name in sets:
+                pipeline.expire(name, STATE_TTL_S)
+            for name in sets:
+                pipeline.scard(name)
+            _, stored, seq, *answers = pipeline.execute()
         except (redis.RedisError, OSError) as error:
-            raise StoreError(str(error)) from error
-        return stored is not None and decode_domain(stored).epoch == published.domain.epoch
+            raise store_error(error, self._keys) from error
+        if stored is None or seq is None or decode_domain(stored).epoch != published.domain.epoch:
+            return False
+        sizes = answers[len(sets) :]
+        return bool(
+            decode_seq(seq) == SeqRecord(published.domain.epoch, published.flushed_seq)
+            and sizes == [self._set_sizes[name] for name in sets]  # a set may be evicted, or deleted by a person
+        )
 
     def report_load(self, domain: DomainId, epoch: Epoch, in_flight: int, served: Sequence[Served] = ()) -> None:
         """Tell the routers how many requests the engine has, and of those that ended (buffered, as the changes are)."""
@@ -198,7 +238,7 @@ class RedisWriter:
         try:
             stored: Any = self._redis.hget(self._keys.domains, domain_id)
         except (redis.RedisError, OSError) as error:
-            raise StoreError(str(error)) from error
+            raise store_error(error, self._keys, f"HGET {self._keys.domains}") from error
         if stored is not None:
             old = decode_domain(stored)
             names = [self._keys.blocks(domain_id, Epoch(old.epoch), Tier(tier)) for tier in old.tiers]

@@ -42,8 +42,8 @@ class RouterLog:
 
     def __init__(self, url: str, model: ModelId, router: str) -> None:
         self._url = url
-        self._redis = connect(url, name="kvcache-router")
         self._keys = Keyspace(model)
+        self._redis = connect(url, name="kvcache-router", slot_of=self._keys.log)
         self._router = router
         self._routes: deque[Routed] = deque(maxlen=_QUEUE_MAX)
         self._receipts: deque[bytes] = deque(maxlen=_QUEUE_MAX)

@@ -185,6 +185,7 @@ class BlockTable:
         self._used = 0  # slots with a key
         self._held = 0  # of these, with a mask
         self._clock = 0
+        self.members = 0  # bits of the domains that have blocks here, or had
 
     def __len__(self) -> int:
         """Blocks that somebody holds."""
@@ -228,6 +229,7 @@ class BlockTable:
         wanted = np.frombuffer(keys, np.uint64)
         self._reserve(len(wanted), bit // _WORD_BITS + 1)
         self._clock += 1
+        self.members |= 1 << bit
         grid, now = self._grid, np.uint32(self._clock)
         taken, held = _add(wanted, grid.cells, grid.stamps, grid.shift, *_place(bit), now)
         self._used += taken
@@ -241,6 +243,7 @@ class BlockTable:
 
     def erase(self, bit: int) -> None:
         """Domain `bit` holds nothing any more."""
+        self.members &= ~(1 << bit)
         grid = self._grid
         if bit < grid.words * _WORD_BITS:
             column, mask = _place(bit)

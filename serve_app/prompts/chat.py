@@ -51,11 +51,15 @@ class ChatRenderer:
             except PromptError as error:  # of requests without tools only
                 self._processor_error = str(error)
 
-    def render(self, prompt: ChatPrompt) -> str:
-        """The prompt's text.
+    def render(self, prompt: ChatPrompt, media_as: str | None = None) -> str:
+        """The prompt's text, with the template's placeholders for images and the like, not yet expanded.
+
+        Args:
+            prompt: the conversation.
+            media_as: text to have in place of each image, audio or video, instead of the template's placeholder.
 
         Raises:
-            PromptError: the template is the request's own, or fails, or parts are not text.
+            PromptError: the template is the request's own, or fails, or the engine alone knows where media go.
         """
         if self._own_renderer is not None:
             raise PromptError("unsupported_model", f"vLLM renders {self._own_renderer} without a chat template")
@@ -64,7 +68,7 @@ class ChatRenderer:
         kwargs = self._template_kwargs(prompt)
         tools = kwargs.pop("tools", None)
         template = self.template(tools)
-        conversation = to_conversation(prompt.messages, self._format(template))
+        conversation = to_conversation(prompt.messages, self._format(template), media_as)
         if any(m["role"] == "developer" for m in conversation) and not _knows_developer(template):
             conversation = developer_to_system(conversation)
         try:

@@ -80,6 +80,14 @@ class Cutter:
                 yield last
         yield from self._word_gaps(text, last, len(text))
 
+    def added_tokens(self, text: str) -> Iterator[tuple[int, str]]:
+        """Every added token that the tokenizer finds in the raw text, with its position."""
+        return ((match.start(), match.group()) for match in self._added.finditer(text))
+
+    def last_cut(self, text: str, end: int) -> int:
+        """The last cut of the first kind at `end` or before it, however close to others; 0 if there is none."""
+        return max((at for at, token in self.added_tokens(text) if at <= end and token in self._openers), default=0)
+
     def _word_gaps(self, text: str, last: int, end: int) -> Iterator[int]:
         if self._min_text_chars is None:
             return

@@ -22,12 +22,15 @@ import xxhash
 from serve_app.blocks import block_keys, namespace_key, pack_tokens
 from serve_app.errors import PromptError
 from serve_app.prompts.chat import ChatRenderer
+from serve_app.prompts.media import MEDIA_TOKENS, STAND_IN, media_start
+from serve_app.prompts.messages import count_media
 from serve_app.prompts.prefix_store import EncodedPrompt, Lookup, PrefixStore
 from serve_app.prompts.request import ChatPrompt, Prompt, TokenPrompt, namespace_of, parse_request
 from serve_app.prompts.tokenizer import Segment, Tokenizer
 from serve_app.types import BlockKey, EngineSpec
 
 _NOT_PURE = ("strftime_now", "random", "lipsum")  # what a template can render differently the next time
+CHARS_PER_TOKEN = 4  # a guess, for text that has not been tokenized
 MAX_PROMPT_CHARS = 8 * 2**20  # what HAProxy hands over at most; some 2M tokens
 
 
@@ -35,11 +38,13 @@ MAX_PROMPT_CHARS = 8 * 2**20  # what HAProxy hands over at most; some 2M tokens
 class Prepared:
     """A prompt that is rendered and looked up. Token prompts, and those known by their name, are finished already."""
 
-    segments: list[Segment]  # the whole prompt text; none for token ids, or when the prompt is known by its name
+    segments: list[Segment]  # the prompt's text; none for token ids, or when the prompt is known by its name
     missing: list[Segment]  # to be tokenized
     lookup: Lookup | None
     encoded: EncodedPrompt | None
     name: bytes = b""  # what the store shall know it by
+    incomplete: str = ""  # why the segments end before the prompt does: media
+    unknown_tokens: int = 0  # behind the segments; a guess
 
     @property
     def missing_digests(self) -> tuple[bytes, ...]:
@@ -71,7 +76,7 @@ class PromptEncoder:
         Raises:
             PromptError: the request has no prompt that can be scored.
         """
-        lora, salt = namespace_of(body, self.spec.model)
+        lora, salt = namespace_of(body, self.spec.model, self.spec.served_names)
         root = namespace_key(self.spec.model, self.spec.block_size, lora, salt)
         return [self._prepare(prompt, root) for prompt in parse_request(body)]
 
@@ -103,15 +108,31 @@ class PromptEncoder:
             packed = pack_tokens(prompt.token_ids)
             keys = block_keys(packed, self.spec.block_size, root)
             return Prepared([], [], None, EncodedPrompt(keys, len(prompt.token_ids), 0, (packed,)))
+        if isinstance(prompt, ChatPrompt) and (media := count_media(prompt.messages)):
+            return self._prepare_with_media(prompt, media, root)
         name = self._name(prompt, root) if isinstance(prompt, ChatPrompt) else b""
         if name and (known := self._store.find_named(name)) is not None:
             return Prepared([], [], None, known)
         text = self._renderer.render(prompt) if isinstance(prompt, ChatPrompt) else prompt.text
-        if len(text) > MAX_PROMPT_CHARS:
-            raise PromptError("too_long", f"the prompt has {len(text)} characters, more than {MAX_PROMPT_CHARS}")
-        segments = self._tokenizer.split(text, prompt.add_special_tokens)
+        segments = self._split(text, prompt.add_special_tokens)
         lookup = self._store.lookup(root, segments, self.spec.block_size, self.spec.tokenizer)
         return Prepared(segments, lookup.missing, lookup, None, name)
+
+    def _prepare_with_media(self, prompt: ChatPrompt, media: int, root: BlockKey) -> Prepared:
+        """The text before the first image; the rest is not known."""
+        if prompt.add_special_tokens and self._tokenizer.adds_tokens:
+            raise PromptError("media", "a text with an image that gets special tokens at its ends is not scored")
+        text = self._renderer.render(prompt)
+        end = media_start(text, self._renderer.render(prompt, STAND_IN), self._tokenizer.cutter, self.spec.tokenizer)
+        segments = self._split(text[:end], False)
+        lookup = self._store.lookup(root, segments, self.spec.block_size, self.spec.tokenizer)
+        unknown_tokens = (len(text) - end) // CHARS_PER_TOKEN + media * MEDIA_TOKENS
+        return Prepared(segments, lookup.missing, lookup, None, b"", "media", unknown_tokens)
+
+    def _split(self, text: str, add_special_tokens: bool) -> list[Segment]:
+        if len(text) > MAX_PROMPT_CHARS:
+            raise PromptError("too_long", f"the prompt has {len(text)} characters, more than {MAX_PROMPT_CHARS}")
+        return self._tokenizer.split(text, add_special_tokens)
 
     def _templates(self) -> list[str]:
         """The templates that the renderer may choose from: without tools, and with."""

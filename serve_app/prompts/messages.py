@@ -24,24 +24,53 @@ _TEXT_FIELD = {
     "thinking": "thinking",
     "tool_reference": "name",
 }
-_MEDIA_FIELDS = frozenset(
-    f"{medium}_{form}" for medium in ("image", "audio", "video") for form in ("url", "embeds")
-) | {"input_image", "image_pil", "input_audio", "prompt_embeds", "file"}
-# Keys of vLLM's content part types: they are not carried over to a text part in "openai" format, others are.
+# Type or key of a part that is not text -> the type that a template in "openai" format is given. vLLM takes the type; a
+# part without one, or with a uuid, is what its keys say, looked for in this order.
+_MEDIA = {
+    "image_url": "image",
+    "image_pil": "image",
+    "image_embeds": "image",
+    "audio_embeds": "audio",
+    "video_embeds": "video",
+    "audio_url": "audio",
+    "input_audio": "audio",
+    "video_url": "video",
+    "input_image": "image",
+}
+_NOT_TEXT = _MEDIA.keys() | {"prompt_embeds", "file"}
+# Keys of vLLM's content part types: they are not carried over to a part in "openai" format, others are.
 _KNOWN_PART_FIELDS = (
-    _MEDIA_FIELDS - {"input_image", "prompt_embeds"}
+    _NOT_TEXT - {"input_image", "prompt_embeds"}
     | set(_TEXT_FIELD.values())
     | {"thinking", "type", "uuid", "closed", "data", "prompt_cache_breakpoint"}
 )
 
 
-def to_conversation(messages: Sequence[Mapping[str, Any]], content_format: ContentFormat) -> list[Message]:
+def to_conversation(
+    messages: Sequence[Mapping[str, Any]], content_format: ContentFormat, media_as: str | None = None
+) -> list[Message]:
     """Messages in the shape the template gets.
 
+    Args:
+        messages: as the client sent them.
+        content_format: of the template.
+        media_as: text that stands for every image, audio and video, instead of what the template makes of them.
+
     Raises:
-        PromptError: "multimodal" for parts that are not text, "bad_messages" for what vLLM would refuse.
+        PromptError: "media" for parts of which only the engine knows where they go, "bad_messages" for what vLLM would
+            refuse.
     """
-    return [_message(m, content_format) for m in messages]
+    return [_message(m, content_format, media_as) for m in messages]
+
+
+def count_media(messages: Sequence[Mapping[str, Any]]) -> int:
+    """Content parts that are not text."""
+    count = 0
+    for message in messages:
+        content = message.get("content")
+        if isinstance(content, list):
+            count += sum(1 for part in content if isinstance(part, Mapping) and _is_media(part))
+    return count
 
 
 def developer_to_system(conversation: list[Message]) -> list[Message]:
@@ -68,11 +97,11 @@ def _flat(content: Any) -> Any:
     return "\n".join(texts)
 
 
-def _message(message: Mapping[str, Any], content_format: ContentFormat) -> Message:
+def _message(message: Mapping[str, Any], content_format: ContentFormat, media_as: str | None) -> Message:
     role = message["role"]
     if message.get("content", "") is None and role not in ("assistant", "function"):
         raise PromptError("bad_messages", f"content of role {role!r} must not be null")
-    result: Message = {"role": role, "content": _content(message.get("content"), content_format)}
+    result: Message = {"role": role, "content": _content(message.get("content"), content_format, media_as)}
     if role == "assistant":
         tool_calls = message.get("tool_calls")
         if tool_calls:
@@ -94,17 +123,17 @@ def _message(message: Mapping[str, Any], content_format: ContentFormat) -> Messa
     return result
 
 
-def _content(content: Any, content_format: ContentFormat) -> str | list[Any]:
+def _content(content: Any, content_format: ContentFormat, media_as: str | None) -> str | list[Any]:
     if content is None:
         content = []
     elif isinstance(content, str):
         content = [content]
     wrap = content_format == "openai"
-    parts = [p for part in _listed(content, "content") if (p := _part(part, wrap))]
+    parts = [p for part in _listed(content, "content") if (p := _part(part, wrap, media_as))]
     return parts if wrap else "\n".join(parts)
 
 
-def _part(part: Any, wrap: bool) -> Any:
+def _part(part: Any, wrap: bool, media_as: str | None) -> Any:
     """One part of a message's content; None for a part that vLLM skips."""
     if isinstance(part, str):
         return {"type": "text", "text": part} if wrap else part
@@ -113,8 +142,8 @@ def _part(part: Any, wrap: bool) -> Any:
     kind = part.get("type")
     if not isinstance(kind, str | None):
         raise PromptError("bad_messages", "the type of a content part must be a string")
-    if kind in _MEDIA_FIELDS or not _MEDIA_FIELDS.isdisjoint(part):
-        raise PromptError("multimodal", f"a content part of type {kind!r} is not text")
+    if _is_media(part):
+        return _media_part(part, wrap, media_as)
     if kind is None and "tool_reference" in part:
         kind = "tool_reference"
     if kind not in _TEXT_FIELD or part.get("uuid") is not None:
@@ -129,6 +158,26 @@ def _part(part: Any, wrap: bool) -> Any:
     if kind == "tool_reference":
         return {"type": kind, "name": text}
     return {"type": "text", "text": text, **{k: v for k, v in part.items() if k not in _KNOWN_PART_FIELDS}}
+
+
+def _is_media(part: Mapping[str, Any]) -> bool:
+    kind = part.get("type")
+    return (isinstance(kind, str) and kind in _NOT_TEXT) or not _NOT_TEXT.isdisjoint(part)
+
+
+def _media_part(part: Mapping[str, Any], wrap: bool, media_as: str | None) -> dict[str, Any]:
+    """What a template in "openai" format is given in place of an image.
+
+    In "string" format vLLM puts a text of the model's own into the message, which only the engine knows.
+    """
+    kind = part.get("type")
+    if kind is None or part.get("uuid") is not None:
+        kind = next((key for key in _MEDIA if key in part and key != "input_image"), kind)
+    if not wrap or kind not in _MEDIA:
+        raise PromptError("media", f"where the engine puts a content part of type {kind!r} is not known")
+    if media_as is not None:
+        return {"type": "text", "text": media_as}
+    return {"type": _MEDIA[kind], **{k: v for k, v in part.items() if k not in _KNOWN_PART_FIELDS}}
 
 
 def _tool_result(content: Any) -> Any:

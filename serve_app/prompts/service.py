@@ -19,7 +19,7 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 from serve_app.once import Once
-from serve_app.prompts.encoder import Prepared, PromptEncoder
+from serve_app.prompts.encoder import CHARS_PER_TOKEN, Prepared, PromptEncoder
 from serve_app.prompts.prefix_store import EncodedPrompt, PrefixStore
 from serve_app.prompts.tokenizer import Segment
 from serve_app.types import EncodedKeys, EngineSpec
@@ -27,7 +27,6 @@ from serve_app.types import EncodedKeys, EngineSpec
 logger = logging.getLogger(__name__)
 
 INLINE_CHARS = 4_000  # under a millisecond
-_CHARS_PER_TOKEN = 4  # a guess, for prompts whose tokens are late
 
 Tokenize = Callable[[str, Sequence[Segment]], Awaitable[list[bytes]]]
 """(tokenizer, segments) -> packed token ids of each segment, made elsewhere."""
@@ -112,7 +111,8 @@ def _result(
     if isinstance(done, asyncio.Task):
         if not done.done() or done.cancelled() or done.exception() is not None:
             known = encoder.known(prepared)
-            guess = sum(len(segment.text) for segment in prepared.missing) // _CHARS_PER_TOKEN
-            return EncodedKeys(known.block_keys, known.token_count + guess, known.token_count, complete=False)
+            guess = sum(len(segment.text) for segment in prepared.missing) // CHARS_PER_TOKEN + prepared.unknown_tokens
+            return EncodedKeys(known.block_keys, known.token_count + guess, known.token_count, "tokens_late")
         done = done.result()
-    return EncodedKeys(done.block_keys, done.token_count, done.cached_token_count)
+    tokens = done.token_count + prepared.unknown_tokens
+    return EncodedKeys(done.block_keys, tokens, done.cached_token_count, prepared.incomplete)

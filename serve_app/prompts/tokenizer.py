@@ -48,8 +48,8 @@ class Tokenizer:
         self._backend.encode_special_tokens = backend.encode_special_tokens  # not part of the copy
         self._backend.no_truncation()
         self._backend.no_padding()
-        self._adds_tokens = self._backend.num_special_tokens_to_add(False) > 0
-        self._cutter = Cutter(self._backend, min_segment_chars, min_text_chars)
+        self.adds_tokens = self._backend.num_special_tokens_to_add(False) > 0
+        self.cutter = Cutter(self._backend, min_segment_chars, min_text_chars)
 
     def split(self, text: str, add_special_tokens: bool) -> list[Segment]:
         """Segments that make up `text`.
@@ -64,10 +64,10 @@ class Tokenizer:
         except UnicodeEncodeError as error:
             raise PromptError("bad_unicode", f"the prompt is not valid Unicode: {error.reason}") from error
         if not text:
-            return [Segment(text, True)] if add_special_tokens and self._adds_tokens else []
-        if add_special_tokens and self._adds_tokens:
+            return [Segment(text, True)] if add_special_tokens and self.adds_tokens else []
+        if add_special_tokens and self.adds_tokens:
             return [Segment(text, True)]
-        cuts = [0, *self._cutter.cuts(text), len(text)]
+        cuts = [0, *self.cutter.cuts(text), len(text)]
         return [Segment(text[a:b]) for a, b in pairwise(cuts)]
 
     def encode_segments(self, segments: Sequence[Segment]) -> list[bytes]:

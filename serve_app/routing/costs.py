@@ -22,9 +22,10 @@ from dataclasses import dataclass, field
 from types import MappingProxyType
 
 from serve_app.routing.choice import Cost
-from serve_app.types import CPU, GPU, PodMatch, Tier
+from serve_app.scoring import TRUST_WEIGHTS
+from serve_app.types import CPU, GPU, LMCACHE, PodMatch, Tier
 
-TIER_LOAD: Mapping[Tier, float] = MappingProxyType({GPU: 0.0, CPU: 0.08, Tier("storage"): 0.3})
+TIER_LOAD: Mapping[Tier, float] = MappingProxyType({GPU: 0.0, CPU: 0.08, LMCACHE: 0.12, Tier("storage"): 0.3})
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,7 +51,7 @@ def cost(
     """The cost at one pod, and how many tokens it would have to compute.
 
     Args:
-        match: what it holds of the prompt.
+        match: what it holds of the prompt; what is not trusted counts less.
         soon_tokens: how much it will hold when what was routed there before is done; at most that is speculative.
         queued_tokens: prefill that it has not done yet.
         in_flight: requests that it has.
@@ -61,7 +62,8 @@ def cost(
     for tier, tokens in match.tokens.items():
         held += tokens
         load += tokens * weights.tier_load.get(tier, weights.unknown_tier_load)
-    compute = max(prompt_tokens - max(held, soon_tokens), 1)
+    held = max(int(held * TRUST_WEIGHTS[match.trust]), soon_tokens)
+    compute = max(prompt_tokens - held, 1)
     terms = Cost(
         compute * s_per_token,
         load * s_per_token,

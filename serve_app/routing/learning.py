@@ -26,7 +26,7 @@ class PrefillRates:
 
     def __init__(self) -> None:
         self._seen: dict[PodId, deque[float]] = {}
-        self._learned: dict[PodId, float] = {}
+        self._learned: dict[PodId, float] = {}  # made at need: every figure of the fleet moves all pods
         self._fleet: deque[float] = deque(maxlen=_FLEET_WINDOW)
         self._fleet_s = PRIOR_S_PER_TOKEN
 
@@ -43,11 +43,17 @@ class PrefillRates:
         seen.extend(new)
         self._fleet.extend(new)
         self._fleet_s = _lower_quartile(self._fleet)
-        self._learned[pod] = _lower_quartile([*seen, *[self._fleet_s] * _PRIOR_COUNT])
+        self._learned.clear()
 
     def s_per_token(self, pod: PodId) -> float:
         """A pod's own value; the fleet's, for a pod that has not served enough."""
-        return self._learned.get(pod, self._fleet_s)
+        seen = self._seen.get(pod)
+        if not seen:
+            return self._fleet_s
+        learned = self._learned.get(pod)
+        if learned is None:
+            learned = self._learned[pod] = _lower_quartile([*seen, *[self._fleet_s] * _PRIOR_COUNT])
+        return learned
 
     def keep_only(self, pods: Iterable[PodId]) -> None:
         for pod in self._seen.keys() - set(pods):

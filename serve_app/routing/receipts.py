@@ -14,6 +14,7 @@ from collections.abc import Mapping
 
 import msgspec
 
+from serve_app.accounting import most_usable_tokens
 from serve_app.routing.choice import Choice
 from serve_app.types import Found, PodId, Served
 
@@ -25,6 +26,7 @@ class Terms(msgspec.Struct, frozen=True, omit_defaults=True):
 
     matched_tokens: dict[str, int]  # contiguous prefix by tier, fastest first
     expected_tokens: int = 0  # that it would have in its cache when the request's turn comes
+    trust: str = "exact"
     cost_s: dict[str, float] = {}  # terms of routing.choice.Cost; empty: the decision did not rest on costs
 
 
@@ -49,6 +51,7 @@ class Receipt(msgspec.Struct, frozen=True, omit_defaults=True):
     decision_s: float
     prompt_tokens: int = 0  # 0: not known
     predicted_cached_tokens: int = 0
+    incomplete: str = ""  # why some of the prompt is not known (late, media): the prediction is of a part then
     replicas: dict[str, Terms] = {}
     refused_by: str = ""  # the first choice, if it did not take the request
     actual: Actual | None = None  # None: not known yet, or never told
@@ -65,10 +68,12 @@ def receipt(
         *head,
         prompt_tokens=found.prompt_tokens,
         predicted_cached_tokens=predicted_tokens(found, pod, choice),
+        incomplete=found.incomplete,
         replicas={
             str(candidate): Terms(
                 {str(tier): tokens for tier, tokens in found.matched_tokens(candidate).items()},
                 choice.held_tokens.get(candidate, 0),
+                str(found.trust(candidate)),
                 {name: round(term, 6) for name, term in cost._asdict().items()}
                 if (cost := choice.costs.get(candidate)) is not None
                 else {},
@@ -83,8 +88,7 @@ def predicted_tokens(found: Found, pod: PodId, choice: Choice) -> int:
     held = max(sum(found.matched_tokens(pod).values()), choice.held_tokens.get(pod, 0))
     if len(found.prompts) != 1:
         return held
-    most = max(found.prompt_tokens - 1, 0) // found.block_size * found.block_size
-    return min(held, most)
+    return min(held, most_usable_tokens(found.prompt_tokens, found.block_size))
 
 
 class Receipts:

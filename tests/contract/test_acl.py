@@ -13,6 +13,7 @@ from serve_app.errors import StoreError
 from serve_app.index.keyspace import HeartbeatRecord
 from serve_app.index.mirror import Mirror
 from serve_app.index.redis_writer import RedisWriter
+from serve_app.index.router_log import RouterLog
 from serve_app.types import GPU, DomainId, Epoch, PodId
 from tests.helpers import MODEL, eventually, keys, pod
 
@@ -59,6 +60,18 @@ def test_a_writer_publishes_and_a_reader_follows(server: ValkeyServer) -> None:
     eventually(lambda: mirror.pods() == [])
     for closable in (mirror, late, writer):
         closable.close()
+
+
+def test_routers_with_the_writers_rights_hear_of_each_other(server: ValkeyServer) -> None:
+    routers = [RouterLog(url(server, "writer"), MODEL, name) for name in ("one", "two")]
+    for router in routers:
+        router.start()
+    eventually(lambda: all(router.shared for router in routers))
+    routers[0].receipt(b"{}")
+    eventually(lambda: routers[0].counters["receipts"] == 1)
+    for router in routers:
+        router.close()
+        assert router.counters["errors"] == 0
 
 
 def test_a_reader_cannot_write(server: ValkeyServer) -> None:

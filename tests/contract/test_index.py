@@ -12,7 +12,7 @@ from serve_app.index.memory import MemoryIndex
 from serve_app.index.mirror import Mirror
 from serve_app.index.redis_writer import RedisWriter
 from serve_app.types import CPU, GPU, BlockKeys, DomainId, Epoch, PodId, Tier
-from tests.helpers import MODEL, eventually, keys, pod
+from tests.helpers import MODEL, eventually, keys, pod, shared
 
 A, B = PodId("a"), PodId("b")
 
@@ -123,6 +123,19 @@ def test_a_slower_tier_goes_on_where_the_faster_ended(index: InMemory) -> None:
     assert index.matched(keys(1, 2, 3, 4)) == {A: {GPU: 4, CPU: 8}}
     index.writer.remove(DomainId("a"), Epoch(1), GPU, keys(1))
     assert index.matched(keys(1, 2, 3, 4)) == {A: {CPU: 12}}
+
+
+def test_a_shared_domain_counts_for_the_pods_that_are_attached_to_it(index: InMemory) -> None:
+    index.writer.join(pod("a", attached=("node",)))
+    index.writer.join(pod("b", attached=("node",)))
+    index.writer.join(pod("c"))
+    index.writer.join(shared("node"))
+    index.writer.add(DomainId("node"), Epoch(1), CPU, keys(1, 2, 3, 4))
+    index.writer.add(DomainId("a"), Epoch(1), GPU, keys(1))
+    assert index.matched(keys(1, 2, 3, 9)) == {A: {GPU: 4, CPU: 4}, B: {CPU: 8}, PodId("c"): {}}
+    assert index.hits(keys(1, 2, 3, 9)) == {A: 3, B: 3, PodId("c"): 0}
+    index.writer.leave(DomainId("node"), Epoch(1))
+    assert index.matched(keys(1, 2, 3, 9)) == {A: {GPU: 4}, B: {}, PodId("c"): {}}
 
 
 def test_removed_blocks_are_gone_for_that_pod_only(index: InMemory) -> None:

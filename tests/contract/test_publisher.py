@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import signal
 import subprocess
 import sys
@@ -109,7 +110,7 @@ def mirror(redis_url: str) -> Iterator[Mirror]:
 class PublisherProcess:
     """`python -m serve_app.events`, as a replica runs it."""
 
-    def __init__(self, engine: Engine, redis_url: str, block_size: int = SIZE) -> None:
+    def __init__(self, engine: Engine, redis_url: str, block_size: int = SIZE, log: Path | None = None) -> None:
         config = PublisherConfig(
             redis_url=redis_url,
             model=MODEL,
@@ -118,7 +119,9 @@ class PublisherProcess:
             replay_endpoint=engine.replay_endpoint,
             block_size=block_size,
         )
-        self.process = subprocess.Popen([sys.executable, "-m", "serve_app.events"], stdin=subprocess.PIPE)
+        command = [sys.executable, "-m", "serve_app.events"]
+        with log.open("wb") if log else contextlib.nullcontext() as stderr:
+            self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stderr=stderr)
         self.tell(msgspec.json.encode(config))
 
     def tell(self, line: bytes) -> None:

@@ -70,6 +70,11 @@ def test_a_misspelt_setting_is_named() -> None:
         build_llm(LLMArgs(llm={"model_loading_config": {"model_id": "m"}}, routing={"polizy": "x"}))
     with pytest.raises(ConfigError, match="model_id"):
         build_llm(LLMArgs(llm={}))
+    llm = {"model_loading_config": {"model_id": "m"}, "engine_kwargs": {"block_size": 32}}
+    with pytest.raises(ConfigError, match=r"lmcache.chunk_size 100 is no multiple"):
+        build_llm(LLMArgs(llm=llm, lmcache={"chunk_size": 100}))
+    with pytest.raises(ConfigError, match="chunksize"):
+        build_llm(LLMArgs(llm=llm, lmcache={"chunksize": 64}))
 
 
 @pytest.mark.parametrize(("redis_url", "embedded"), [("embedded", True), ("redis://127.0.0.1:1", False)])

@@ -14,8 +14,10 @@ import openai
 import psutil
 import pytest
 import redis
+from typer.testing import CliRunner
 
 from serve_app import local_stack
+from serve_app.cli import app
 from serve_app.index.mirror import Mirror
 from serve_app.prompts.encoder import PromptEncoder
 from serve_app.prompts.prefix_store import PrefixStore
@@ -31,8 +33,8 @@ HEADER = "x-kvcache-replica"
 
 @pytest.fixture(scope="module")
 def stack(start_stack: Start) -> local_stack.Running:
-    """The file as it is, but for one stage, which is in threads in the other configs' tests."""
-    loaded = config("quickstart.yaml")
+    """The file, with caches so small that they evict; and one stage that is in threads in the other configs' tests."""
+    loaded = config("quickstart.yaml", num_gpu_blocks_override=160, max_model_len=4096)
     loaded["applications"][1]["args"]["routing"]["tokenization"] = "deployment"
     return start_stack(loaded, direct=True)
 
@@ -127,13 +129,16 @@ def test_score_finds_the_blocks_of_the_same_request(http: httpx.Client, openai_c
     assert found["pods"][replica]["matched_tokens"] == {"gpu": full_blocks}
     others = [value for pod, value in found["scores"].items() if pod != replica]
     assert max(others) <= 32
-    only = score(http, {**body, "pods": [replica, "nobody"]})
-    assert only["scores"] == {replica: full_blocks, "nobody": 0}
+    only = {**body, "pods": [replica, "nobody"]}  # scores dip while a busy machine's heartbeat is late: not `exact`
+    eventually(lambda: score(http, only)["scores"] == {replica: full_blocks, "nobody": 0})
     for strategy, expected in (
         ("highest_block_hit", full_blocks / 32),
         ("coverage", full_blocks / found["prompt_tokens"]),
     ):
-        assert score(http, {**body, "strategy": strategy})["scores"][replica] == pytest.approx(expected)
+        asked = {**body, "strategy": strategy}
+        eventually(
+            lambda asked=asked, expected=expected: score(http, asked)["scores"][replica] == pytest.approx(expected)
+        )
 
 
 def test_completions_and_token_ids_are_scored_alike(http: httpx.Client, openai_client: openai.OpenAI) -> None:
@@ -143,8 +148,8 @@ def test_completions_and_token_ids_are_scored_alike(http: httpx.Client, openai_c
     ids = http.post("/tokenize", json={"model": MODEL, "prompt": text}).json()["tokens"]
     expected = len(ids) // 32 * 32
     eventually(lambda: score(http, {"model": MODEL, "prompt": text})["scores"][replica] == expected)
-    assert score(http, {"model": MODEL, "prompt": ids})["scores"][replica] == expected
-    assert score(http, {"model": MODEL, "prompt": [text, text]})["scores"][replica] == 2 * expected
+    eventually(lambda: score(http, {"model": MODEL, "prompt": ids})["scores"][replica] == expected)
+    eventually(lambda: score(http, {"model": MODEL, "prompt": [text, text]})["scores"][replica] == 2 * expected)
     raw = openai_client.completions.with_raw_response.create(model=MODEL, prompt=ids, max_tokens=2)
     assert raw.headers[HEADER] == replica
 
@@ -153,7 +158,7 @@ def test_streaming_names_the_replica_and_reports_usage(openai_client: openai.Ope
     raw = openai_client.chat.completions.with_raw_response.create(
         model=MODEL,
         messages=[{"role": "user", "content": "Count to three."}],
-        max_tokens=6,
+        max_tokens=24,  # on a busy machine several tokens come in one chunk
         stream=True,
         stream_options={"include_usage": True},
     )
@@ -247,6 +252,51 @@ def test_long_bodies(http: httpx.Client, openai_client: openai.OpenAI) -> None:
             assert answer.headers[HEADER] == replica
 
 
+def audit(stack: local_stack.Running, output: Path, *options: str) -> tuple[int, dict[str, Any]]:
+    """Exit status and audit.json of `kvcache audit`."""
+    done = CliRunner().invoke(app, ["audit", "--url", stack.url, "--output", str(output), *options])
+    print(done.output)
+    return done.exit_code, json.loads(output.read_text())
+
+
+def test_the_audit_finds_the_index_right_under_eviction(stack: local_stack.Running, tmp_path: Path) -> None:
+    """More conversations than both caches hold, each request right after the answer before, or shortly after."""
+    size = ("--count", "40", "--conversations", "16", "--tokens", "900")
+    status, found = audit(stack, tmp_path / "audit.json", *size, "--require", "0.99")
+    assert found["skipped"] == {}
+    assert found["requests"] == 40
+    assert status == 0
+    assert found["within_one_block"] >= 0.99
+    assert found["traffic"]["evicted"] > 0
+    assert found["traffic"]["into_answers"] > 0
+    assert found["traffic"]["cached_tokens"] > 0.2 * found["traffic"]["prompt_tokens"]
+
+
+def test_the_audit_replays_a_file_and_says_what_it_cannot_compare(stack: local_stack.Running, tmp_path: Path) -> None:
+    text = story("Lea")
+    bodies = [
+        {"prompt": text, "max_tokens": 1},
+        {"prompt": text, "max_tokens": 1, "stream": True},
+        {"prompt": text, "max_tokens": 1, "prompt_logprobs": 0},  # vLLM has it in its cache, and does not look
+        {"prompt": [text, text], "max_tokens": 1},
+        {"model": "nobody", "prompt": text},
+    ]
+    path = tmp_path / "requests.jsonl"
+    path.write_text("".join(json.dumps(body) + "\n" for body in bodies))
+    status, found = audit(stack, tmp_path / "audit.json", "--requests", str(path))
+    assert status == 0
+    cold, warm, unread = found["compared"]
+    assert [one["error_blocks"] for one in found["compared"]] == [0, 0, 0]
+    assert (cold["actual_tokens"], unread["actual_tokens"]) == (0, 0)
+    assert warm["actual_tokens"] > 100
+    assert sorted(found["skipped"].values()) == [1, 1]
+    assert "gateway: status 404" in found["skipped"]
+
+    path.write_text(json.dumps(bodies[-1]))
+    status, found = audit(stack, tmp_path / "audit.json", "--requests", str(path))
+    assert (status, found["requests"]) == (1, 0)
+
+
 def test_metrics_are_on_rays_prometheus_endpoint(stack: local_stack.Running) -> None:
     session = session_folder(stack)
 
@@ -288,7 +338,7 @@ def test_a_mirror_that_starts_late_holds_the_full_index(
     assert encoded.token_count == answer.usage.prompt_tokens
     found = {pod: match.total_tokens for pod, match in late.match(encoded.block_keys).items()}
     late.close()
-    assert found == score(http, body)["scores"]
+    eventually(lambda: found == score(http, body)["scores"])
 
 
 def test_without_redis_requests_are_served_and_the_index_heals(

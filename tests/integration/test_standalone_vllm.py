@@ -26,6 +26,7 @@ from tests.helpers import eventually
 pytestmark = [pytest.mark.integration, pytest.mark.timeout(600)]
 
 MODEL = ModelId("smol")
+ALIAS = "smollm2"
 POD = PodId("standalone")
 BLOCK = 32
 SETTLE_S = 0.3  # the engine sends its events, the publisher writes them, the mirror reads them
@@ -41,7 +42,7 @@ class Vllm:
         self.process = subprocess.Popen(
             [
                 *(sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", model_path),
-                *("--served-model-name", MODEL, "--host", "127.0.0.1", "--port", str(self.port)),
+                *("--served-model-name", MODEL, ALIAS, "--host", "127.0.0.1", "--port", str(self.port)),
                 *("--block-size", str(BLOCK), "--num-gpu-blocks-override", "160", "--max-model-len", "4096"),
                 *("--enforce-eager", "--enable-prompt-tokens-details", "--kv-events-config", config),
             ],
@@ -92,7 +93,7 @@ def publish(vllm: Vllm, redis_url: str, model_path: str) -> Iterator[subprocess.
         [
             *(sys.executable, "-m", "serve_app.cli", "publish", "--redis", redis_url),
             *("--engine", f"tcp://127.0.0.1:{vllm.events}", "--replay", f"tcp://127.0.0.1:{vllm.replay}"),
-            *("--pod", POD, "--model", MODEL, "--tokenizer", model_path),
+            *("--pod", POD, "--model", MODEL, "--served-name", ALIAS, "--tokenizer", model_path),
         ]
     )
     yield process
@@ -165,6 +166,18 @@ def test_salt_and_reset(vllm: Vllm, publish: subprocess.Popen[bytes], mirror: Mi
     assert httpx.post(f"{vllm.url}/reset_prefix_cache", timeout=30).status_code == 200
     assert vllm.ask(bodies[1])[1] == 0
     eventually(lambda: matched()[1] > 300 and matched()[::2] == [0, 0], 20)
+
+
+def test_the_models_other_name(vllm: Vllm, publish: subprocess.Popen[bytes], mirror: Mirror) -> None:
+    """Who knows the engine from Redis alone takes both names for one model."""
+    body = {"model": MODEL, "messages": [{"role": "user", "content": "name " * 300}], "max_tokens": 2}
+    vllm.ask(body)
+    eventually(lambda: mirror.spec() is not None, 20)
+    spec = mirror.spec()
+    assert spec is not None
+    (prompt,) = PromptEncoder(spec, PrefixStore(1 << 24)).encode(body | {"model": ALIAS})
+    eventually(lambda: mirror.match(prompt.block_keys, [POD])[POD].total_tokens > 200, 20)
+    assert vllm.ask(body | {"model": ALIAS})[1] == (prompt.token_count - 1) // BLOCK * BLOCK
 
 
 def test_a_killed_engine_is_gone_from_the_index(

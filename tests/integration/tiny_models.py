@@ -374,6 +374,64 @@ _OWN_TEMPLATE: dict[str, Any] = {
 }
 
 
+# In the manner of SmolVLM's.
+VISION = """{%- for message in messages %}<|im_start|>{{ message['role'] | capitalize }}
+{%- if message['content'] is not string and message['content'] and message['content'][0]['type'] == 'image' %}:
+{%- else %}: {% endif %}
+{%- if message['content'] is string %}{{ message['content'] }}
+{%- else %}
+    {%- for part in message['content'] %}
+        {%- if part['type'] == 'text' %}{{ part['text'] }}
+        {%- elif part['type'] == 'image' %}{% if numbered %}Picture: {% endif %}<image>
+        {%- endif %}
+    {%- endfor %}
+{%- endif %}<end_of_utterance>
+{% endfor %}
+{%- if add_generation_prompt %}Assistant:{% endif %}"""
+IMAGE_TOKEN = "<image>"
+_VISION_TOKENS = ("<|im_start|>", IMAGE_TOKEN, "<fake_token_around_image>", "<end_of_utterance>", "<global-img>")
+_IMAGE_SIDE = 32  # pixels
+
+
+def build_vision(folder: Path) -> str:
+    """Idefics3, whose processor needs no torchvision. Writes the model into `folder` and returns its path."""
+    tokenizer = _qwen()
+    tokenizer.add_special_tokens([AddedToken(t, normalized=False) for t in ("<|endoftext|>", *_VISION_TOKENS)])
+    tokenizer.save(str(folder / "tokenizer.json"))
+    text = _llama(tokenizer) | {"pad_token_id": 0}
+    vision = {"model_type": "idefics3_vision", "image_size": _IMAGE_SIDE, "patch_size": 8, "num_attention_heads": 2}
+    files = {
+        "tokenizer_config.json": {
+            "model_max_length": CONTEXT,
+            "tokenizer_class": "Qwen2Tokenizer",
+            "eos_token": "<end_of_utterance>",
+            "pad_token": "<|endoftext|>",
+            "chat_template": VISION,
+        },
+        "preprocessor_config.json": {
+            "image_processor_type": "Idefics3ImageProcessor",
+            "processor_class": "Idefics3Processor",
+            "do_image_splitting": True,
+            "size": {"longest_edge": 2 * _IMAGE_SIDE},
+            "max_image_size": {"longest_edge": _IMAGE_SIDE},
+        },
+        "processor_config.json": {"processor_class": "Idefics3Processor", "image_seq_len": 4},
+        "config.json": {
+            "architectures": ["Idefics3ForConditionalGeneration"],
+            "model_type": "idefics3",
+            "image_token_id": tokenizer.token_to_id(IMAGE_TOKEN),
+            "scale_factor": 2,
+            "torch_dtype": "bfloat16",
+            "vocab_size": text["vocab_size"],
+            "text_config": text,
+            "vision_config": vision | {"hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 1},
+        },
+    }
+    for file, content in files.items():
+        (folder / file).write_text(json.dumps(content))
+    return str(folder)
+
+
 def build(name: str, folder: Path) -> str:
     """Writes the model into `folder` and returns its path."""
     family = FAMILIES[name]
@@ -383,7 +441,12 @@ def build(name: str, folder: Path) -> str:
     config = {"model_max_length": CONTEXT, "chat_template": _OWN_TEMPLATE[name], **family.config}
     for file, content in {"tokenizer_config.json": config, **family.files}.items():
         (folder / file).write_text(json.dumps(content))
-    model = {
+    (folder / "config.json").write_text(json.dumps(_llama(tokenizer)))
+    return str(folder)
+
+
+def _llama(tokenizer: Tokenizer) -> dict[str, Any]:
+    return {
         "architectures": ["LlamaForCausalLM"],
         "model_type": "llama",
         "vocab_size": tokenizer.get_vocab_size() + 8,
@@ -398,5 +461,3 @@ def build(name: str, folder: Path) -> str:
         "bos_token_id": 1,
         "eos_token_id": 2,
     }
-    (folder / "config.json").write_text(json.dumps(model))
-    return str(folder)

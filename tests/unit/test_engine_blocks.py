@@ -3,7 +3,7 @@
 from serve_app.blocks import block_keys, namespace_key, pack_tokens, split_keys
 from serve_app.events.engine_blocks import Added, Cleared, EngineBlocks, Removed
 from serve_app.events.wire import AllBlocksCleared, BlockRemoved, BlockStored
-from serve_app.types import CPU, GPU, BlockKey, ModelId
+from serve_app.types import CPU, GPU, LMCACHE, BlockKey, ModelId
 
 MODEL = ModelId("m")
 SIZE = 2
@@ -89,11 +89,33 @@ def test_an_image_ends_the_prefix_that_a_text_request_can_match() -> None:
     assert not set(others) & set(text)
 
 
-def test_cleared_means_everything() -> None:
+def test_cleared_means_everything_in_gpu() -> None:
     blocks = EngineBlocks(MODEL, SIZE)
-    blocks.apply([stored([b"x"], [1, 2]), stored([b"x"], [1, 2], medium="CPU")])
+    blocks.apply([stored([b"x", b"y"], [1, 2, 3, 4])])
     assert blocks.apply([AllBlocksCleared()]) == [Cleared()]
     assert blocks.snapshot() == {}
+
+
+def test_a_reset_of_the_prefix_cache_leaves_what_was_offloaded() -> None:
+    blocks = EngineBlocks(MODEL, SIZE)
+    k1, k2, k3 = canonical([1, 2, 3, 4, 5, 6])
+    blocks.apply([stored([b"x", b"y"], [1, 2, 3, 4]), stored([b"x"], [1, 2], medium="CPU")])
+    assert blocks.apply([AllBlocksCleared()]) == [Removed(GPU, k1 + k2)]
+    assert blocks.apply([AllBlocksCleared()]) == []
+    assert blocks.snapshot() == {CPU: k1}
+    assert blocks.apply([stored([b"z"], [5, 6], parent=b"y")]) == []  # y is unknown now
+    assert blocks.apply([stored([b"y", b"z"], [3, 4, 5, 6], parent=b"x")]) == [Added(GPU, k2 + k3)]
+    assert blocks.apply([BlockRemoved([b"x"], "CPU")]) == [Removed(CPU, k1)]
+
+
+def test_a_shared_chunk_is_there_once_however_many_ranks_stored_it() -> None:
+    blocks = EngineBlocks(MODEL, SIZE, counted=False)
+    keys = canonical([1, 2, 3, 4])
+    event = stored([b"c"], [1, 2, 3, 4], medium="LMCACHE", block_size=4)
+    assert blocks.apply([event, event]) == [Added(LMCACHE, b"".join(keys))]
+    assert blocks.apply([BlockRemoved([b"c"], "LMCACHE")]) == [Removed(LMCACHE, b"".join(keys))]
+    assert blocks.apply([BlockRemoved([b"c"], "LMCACHE")]) == []
+    assert blocks.apply([event]) == [Added(LMCACHE, b"".join(keys))]
 
 
 def test_what_cannot_be_understood_is_skipped_and_counted() -> None:

@@ -4,8 +4,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from serve_app.index.memory import MemoryIndex
-from serve_app.types import CPU, GPU, DomainId, Epoch, PodId, Tier
-from tests.helpers import keys, pod
+from serve_app.types import CPU, GPU, LMCACHE, DomainId, Epoch, PodId, Tier
+from tests.helpers import keys, pod, shared
 
 A, B = PodId("a"), PodId("b")
 E1 = Epoch(1)
@@ -143,6 +143,67 @@ def test_equals_a_plain_model(history: list[tuple[object, ...]], prompt: list[in
             start = end
         held = model[name][GPU] | model[name][CPU]
         assert match.hit_blocks == sum(number in held for number in prompt)
+
+
+NODE = DomainId("node")
+prompts = st.lists(st.integers(0, 12), max_size=8, unique=True)
+
+
+@settings(max_examples=300, deadline=None)
+@given(
+    held=st.fixed_dictionaries({(name, tier): some_keys for name in "ab" for tier in (GPU, CPU)}),
+    node=some_keys,
+    other=some_keys,
+    prompt=prompts,
+    node_live=st.booleans(),
+)
+def test_a_pod_loads_whole_chunks_from_the_beginning_of_the_prompt(
+    held: dict[tuple[str, Tier], list[int]], node: list[int], other: list[int], prompt: list[int], node_live: bool
+) -> None:
+    """a is attached to `node`, b to nothing: vLLM's rule is max(own prefix, LMCache's prefix in whole chunks)."""
+    index = MemoryIndex(tier_order=(GPU, CPU, LMCACHE))
+    index.join(pod("a", attached=("node", "elsewhere")))
+    index.join(pod("b"))
+    index.join(shared("node"))
+    index.join(shared("other", chunk_size=4))
+    for (name, tier), numbers in held.items():
+        index.add(DomainId(name), E1, tier, keys(*numbers))
+    index.add(NODE, E1, LMCACHE, keys(*node))
+    index.add(DomainId("other"), E1, LMCACHE, keys(*other))
+    index.set_live(NODE, node_live)
+
+    found = index.match(keys(*prompt), count_hits=True)
+    plain = index.match(keys(*prompt))
+    assert found.keys() == plain.keys() == {A, B}
+    for name in (A, B):
+        gpu = prefix(prompt, held[name, GPU])
+        own = gpu + prefix(prompt[gpu:], held[name, CPU])
+        chunks = prefix(prompt, node) // 2 * 2 if name == A and node_live else 0
+        expected = {GPU: gpu, CPU: own - gpu, LMCACHE: max(0, chunks - own)}
+        assert found[name].tokens == {tier: count * 4 for tier, count in expected.items() if count}
+        assert plain[name].tokens == found[name].tokens
+        anywhere = {*held[name, GPU], *held[name, CPU], *(node if name == A and node_live else ())}
+        assert found[name].hit_blocks == sum(number in anywhere for number in prompt)
+
+
+def prefix(prompt: list[int], numbers: list[int]) -> int:
+    return next((i for i, number in enumerate(prompt) if number not in numbers), len(prompt))
+
+
+def test_a_pod_that_attaches_later_and_a_node_that_comes_back() -> None:
+    index = MemoryIndex(tier_order=(GPU, LMCACHE))
+    index.join(shared("node"))
+    index.add(NODE, E1, LMCACHE, keys(1, 2, 3, 4))
+    assert index.match(keys(1, 2, 3)) == {}  # nobody can load it
+    index.join(pod("a", attached=("node",)))
+    assert index.match(keys(1, 2, 3, 4, 5))[A].tokens == {LMCACHE: 16}
+    assert index.match(keys(1, 2, 3))[A].tokens == {LMCACHE: 8}  # the second chunk is longer than the prompt
+    index.join(shared("node", epoch=2))
+    assert index.match(keys(1, 2, 3))[A].tokens == {}
+    index.add(NODE, Epoch(2), LMCACHE, keys(1, 2))
+    assert index.match(keys(1, 2, 3))[A].tokens == {LMCACHE: 8}
+    index.leave(NODE, Epoch(2))
+    assert index.match(keys(1, 2, 3))[A].tokens == {}
 
 
 def test_nobody_to_ask_for() -> None:

@@ -57,6 +57,21 @@ def test_namespaces(encoder: PromptEncoder) -> None:
     assert not set(keys[0]) & set(keys[2])
 
 
+def test_names_of_the_base_model_share_its_keys(chatml_path: str) -> None:
+    encoder = PromptEncoder(EngineSpec(MODEL, 16, chatml_path, served_names=("m", "alias")), PrefixStore(10**7))
+    base, alias, unnamed, lora = (
+        encoder.encode(body)[0].block_keys
+        for body in (
+            chat("hi"),
+            chat("hi") | {"model": "alias"},
+            chat("hi") | {"model": ""},
+            chat("hi") | {"model": "lora"},
+        )
+    )
+    assert base == alias == unnamed
+    assert not set(split_keys(base)) & set(split_keys(lora))
+
+
 def test_tokens_and_lists(encoder: PromptEncoder) -> None:
     ids = list(range(40))
     one, two = encoder.encode({"prompt": [ids, ids[:16]]})

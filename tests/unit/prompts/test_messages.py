@@ -76,9 +76,9 @@ def test_only_known_keys_reach_the_template() -> None:
 @pytest.mark.parametrize(
     ("message", "reason"),
     [
-        ({"role": "user", "content": [{"type": "image_url", "image_url": {"url": "x"}}]}, "multimodal"),
-        ({"role": "user", "content": [{"image_url": "x", "uuid": "1"}]}, "multimodal"),
-        ({"role": "user", "content": [{"type": "input_audio", "input_audio": {}}]}, "multimodal"),
+        ({"role": "user", "content": [{"type": "image_url", "image_url": {"url": "x"}}]}, "media"),
+        ({"role": "user", "content": [{"image_url": "x", "uuid": "1"}]}, "media"),
+        ({"role": "user", "content": [{"type": "input_audio", "input_audio": {}}]}, "media"),
         ({"role": "user", "content": [{"type": "smell"}]}, "bad_messages"),
         ({"role": "user", "content": [{"type": "text", "text": 5}]}, "bad_messages"),
         ({"role": "user", "content": [{"type": ["text"], "text": "a"}]}, "bad_messages"),
