@@ -199,10 +199,12 @@ class MemoryIndex:
         bits = [self._live.bit_of.get(pod, 0) for pod in pods]
         found = [False] * len(bits)
         for table in self._tiers.values():
-            for i, words in enumerate(table.masks(keys).tolist()):
-                place, bit = divmod(bits[i].bit_length() - 1, _WORD_BITS)
-                if 0 <= place < len(words) and words[place] >> bit & 1:
-                    found[i] = True
+            words = table.masks(keys)
+            if words.shape[1] == 1:  # 64 domains or fewer
+                masks = words[:, 0].tolist()
+            else:
+                masks = [sum(word << j * _WORD_BITS for j, word in enumerate(row)) for row in words.tolist()]
+            found = [known or mask & bit != 0 for known, mask, bit in zip(found, masks, bits, strict=True)]
         return found
 
     @property

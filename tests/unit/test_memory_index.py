@@ -215,3 +215,19 @@ def test_nobody_to_ask_for() -> None:
     assert index.match(keys(1), [B])[B].total_tokens == 0
     index.set_live(DomainId("a"), False)
     assert index.match(keys(1), count_hits=True) == {}
+
+
+def test_which_pod_holds_which_block() -> None:
+    """Each pod is asked for one block, in any tier; with more domains than a word of a mask has bits too."""
+    for count in (3, 150):
+        index = MemoryIndex(tier_order=(GPU, CPU))
+        pods = [PodId(f"p{i}") for i in range(count)]
+        for i, name in enumerate(pods):
+            index.join(pod(name))
+            index.add(DomainId(name), E1, CPU if i % 3 == 1 else GPU, keys(i))
+        assert index.held(pods, keys(*range(count))) == [True] * count
+        assert index.held(pods, keys(*range(1, count), 0)) == [False] * count
+        index.set_live(DomainId("p1"), False)
+        assert index.held(pods[:3], keys(0, 1, 2)) == [True, False, True]
+    assert index.held([PodId("unknown")], keys(0)) == [False]
+    assert index.held([], b"") == []

@@ -43,6 +43,15 @@ def test_a_new_pod_takes_the_fleets_value_and_its_first_figure_does_not_set_it_a
     assert rates.s_per_token(C) == pytest.approx(200 * US)
 
 
+def test_a_slow_first_request_does_not_set_a_pod_apart() -> None:
+    """The first prefill compiles kernels. Whoever served it must not be avoided for ever."""
+    rates = PrefillRates()
+    rates.observe(A, [served(200, 3.0)])
+    assert rates.s_per_token(B) == rates.s_per_token(A) == pytest.approx(0.015)
+    rates.observe(B, [served(400, 0.8)])
+    assert rates.s_per_token(A) == pytest.approx(rates.s_per_token(B)) == pytest.approx(0.002)
+
+
 def test_a_pod_that_becomes_slow_is_known_as_slow_and_recovers() -> None:
     rates = PrefillRates()
     for pod in (A, B):
