@@ -56,7 +56,7 @@ from serve_app.types import (
 
 logger = logging.getLogger(__name__)
 
-STALE_AFTER_S = 2.0  # without an answer of Redis every pod is stale, without news of its heartbeat that pod
+STALE_AFTER_S = 2.5  # without an answer of Redis every pod is stale, without news of its heartbeat that pod
 CHECK_PERIOD_S = 1.0  # leases, and whether the log still has what we need
 READ_BLOCK_MS = 200
 READ_COUNT = 1000  # entries per XREAD

@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+import msgspec
 import redis
 
 from serve_app.blocks import KEY_BYTES, split_keys
@@ -43,6 +44,7 @@ class _Published:
     domain: Domain
     tiers: set[Tier] = field(default_factory=set)
     seq: int = 0
+    beats: int = 0  # renewals of the lease
     flushed_seq: int = 0  # `seq` that Redis has confirmed
 
 
@@ -151,6 +153,8 @@ class RedisWriter:
         published = self._published.get(domain)
         if published is None:
             return False
+        published.beats += 1
+        record = msgspec.structs.replace(record, beat=published.beats)
         try:
             pipeline = self._redis.pipeline(transaction=True)
             pipeline.set(self._keys.lease(domain), encode(record), px=self._lease_ttl_ms)

@@ -18,7 +18,7 @@ from serve_app.blocks import block_keys, namespace_key, pack_tokens
 from serve_app.events.publisher import Feed, PublisherConfig
 from serve_app.events.source import EventSource
 from serve_app.index.mirror import Mirror
-from serve_app.types import BlockKeys, ModelId, PodId, Served
+from serve_app.types import BlockKeys, ModelId, PodId, Served, Trust
 from tests.helpers import eventually
 
 MODEL = ModelId("test-model")
@@ -184,6 +184,18 @@ def test_load_reports_reach_the_mirror(publisher: PublisherProcess, mirror: Mirr
     eventually(lambda: got.extend(mirror.served()) or got)  # type: ignore[func-returns-value]
     assert got == [(POD, (served,))]
     eventually(lambda: (load := mirror.load(POD)) is not None and load.in_flight == 0)
+
+
+def test_an_idle_publishers_heartbeat_goes_on_changing(publisher: PublisherProcess, mirror: Mirror) -> None:
+    """By that a mirror tells a late one from one that has nothing new to say."""
+
+    def beat() -> int:
+        return max((heartbeat.beat for _, _, heartbeat in mirror.domains() if heartbeat is not None), default=0)
+
+    eventually(beat)
+    first = beat()
+    eventually(lambda: beat() >= first + 2, 20)
+    eventually(lambda: mirror.trust(POD) is Trust.EXACT, 20)
 
 
 def test_a_restarted_engine_holds_nothing_of_its_former_life(
