@@ -171,6 +171,9 @@ class KVCacheAwareRouter(MultiplexMixin, RequestRouter):
         """The first of the ranked pods gets the request: note it where it counts."""
         assert self._metrics is not None
         pod = choice.ranked[0]
+        before = self._sent.pop(request.metadata.request_id, None) if request is not None else None
+        if before is not None:  # Serve asks again when every replica was full
+            self._chooser.withdraw(before.sent)
         sent = self._chooser.sent(pod, found, choice, now_s)
         self._metrics.decided(choice.outcome, choice.reason, decision_s)
         if found is not None:

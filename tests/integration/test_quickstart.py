@@ -217,11 +217,14 @@ def test_a_receipt_tells_what_was_known_and_what_came_of_it(http: httpx.Client, 
     first, _ = ask(openai_client, messages)
     body = {"model": MODEL, "messages": messages}
     eventually(lambda: score(http, body)["scores"][first] > 100)
-    expected = score(http, {**body, "strategy": "expected_ttft"})
-    assert max(expected["scores"], key=expected["scores"].__getitem__) == first
-    assert expected["pods"][first]["cost_s"]["compute_s"] < max(
-        p["cost_s"]["compute_s"] for p in expected["pods"].values()
-    )
+
+    def computes_least() -> bool:
+        answer = score(http, {**body, "strategy": "expected_ttft"})
+        compute_s = {pod: found["cost_s"]["compute_s"] for pod, found in answer["pods"].items()}
+        best = max(answer["scores"], key=answer["scores"].__getitem__)
+        return len(compute_s) == 2 and best == first == min(compute_s, key=compute_s.__getitem__)
+
+    eventually(computes_least)
     replica, answer = ask(openai_client, messages, extra_headers={"x-request-id": "lou-again"})
     assert replica == first
 
