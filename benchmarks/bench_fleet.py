@@ -105,6 +105,11 @@ def table(workload: str, summaries: Mapping[str, Mapping[str, Any]]) -> str:
     return "\n".join(lines)
 
 
+def scalars(numbers: Mapping[str, Any]) -> dict[str, Any]:
+    """Without the lists: what is kept of each single seed."""
+    return {name: value for name, value in numbers.items() if not isinstance(value, list)}
+
+
 def names(text: str, known: Sequence[str], what: str) -> list[str]:
     chosen = [name.strip() for name in text.split(",") if name.strip()]
     for name in chosen:
@@ -190,7 +195,10 @@ def main(
         report["workloads"][name] = {
             "what": scenario(name).what,
             "mean": means,
-            "seeds": {policy: results[name, policy] for policy in chosen},
+            "seeds": {
+                policy: {seed: scalars(summary["overall"]) for seed, summary in sorted(results[name, policy].items())}
+                for policy in chosen
+            },
         }
         print(f"\n{table(name, means)}")
         if plots and find_spec("matplotlib"):

@@ -5,7 +5,7 @@ of prefill were routed to it that it has not done; its prefill takes 0.1 ms a to
 compute   200 * 0.1 ms                20 ms
 load      200 * 0.08 * 0.1 ms        1.6 ms
 queue     500 * 0.1 ms                50 ms
-decode    3 * 256 * 0.1 ms          76.8 ms
+decode    3 * 512 * 0.1 ms         153.6 ms
 displace  200 * 1.0 * 0.1 ms          20 ms      not part of the time to first token; where turnover is 1
 
 Weights are in tokens of prefill, so that they fit a slow fleet as well as a fast one. `displace` is what makes the
@@ -34,7 +34,7 @@ class CostWeights:
 
     tier_load: Mapping[Tier, float] = field(default_factory=lambda: TIER_LOAD)  # of a token's prefill
     unknown_tier_load: float = 0.3
-    in_flight_tokens: float = 256.0  # tokens of prefill that one request in flight costs
+    in_flight_tokens: float = 512.0  # tokens of prefill that one request in flight costs
     displace: float = 1.0  # of the tokens to compute
 
 

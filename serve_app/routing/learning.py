@@ -5,7 +5,8 @@
 
 The lower quartile, because a prefill that shares its steps with others takes longer than its own tokens do, and what
 others cost is counted elsewhere (`Cost.queue_s`, `Cost.decode_s`). No single figure can set a pod apart from the
-fleet: neither an outlier, nor the first figure of a new pod. Only the ratios between pods decide anything.
+fleet: neither an outlier, nor the first figure of a new pod. A pod that is about as fast as the fleet has the fleet's
+value: on an idle fleet all costs would otherwise differ a little, and every new prompt would go to the same pod.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from serve_app.types import PodId, Served
 
 PRIOR_S_PER_TOKEN = 1 / 15_000  # a 32B model on two H100s; good until the fleet has served something
 MIN_TOKENS = 128  # of fewer computed tokens, a step's fixed time is most of it
+SAME = 0.2  # a pod's value this close to the fleet's is the fleet's
 _WINDOW, _FLEET_WINDOW = 64, 512
 _PRIOR_COUNT = 8
 
@@ -46,13 +48,16 @@ class PrefillRates:
         self._learned.clear()
 
     def s_per_token(self, pod: PodId) -> float:
-        """A pod's own value; the fleet's, for a pod that has not served enough."""
+        """A pod's own value; the fleet's, for a pod that has not served enough or is about as fast."""
         seen = self._seen.get(pod)
         if not seen:
             return self._fleet_s
         learned = self._learned.get(pod)
         if learned is None:
-            learned = self._learned[pod] = _lower_quartile([*seen, *[self._fleet_s] * _PRIOR_COUNT])
+            learned = _lower_quartile([*seen, *[self._fleet_s] * _PRIOR_COUNT])
+            if abs(learned - self._fleet_s) <= SAME * self._fleet_s:
+                learned = self._fleet_s
+            self._learned[pod] = learned
         return learned
 
     def keep_only(self, pods: Iterable[PodId]) -> None:

@@ -49,7 +49,7 @@ def test_one_new_prefix_in_a_burst_stays_together_and_splits_when_queueing_costs
     got = [router.route(prefix + text(f"question {i}", 2), START_S + i * 0.001) for i in range(150)]
     first = got[0]
     together = next(i for i, pod in enumerate(got) if pod != first)
-    assert 5 < together < 100
+    assert 2 < together < 100
     assert len(set(got)) > 1  # the prefix has been copied
     short = Router()
     prefix = text("short document", 50)
