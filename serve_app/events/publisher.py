@@ -13,6 +13,7 @@ import os
 import time
 from collections import Counter, deque
 from collections.abc import Iterable
+from dataclasses import replace
 from typing import Protocol
 
 import msgspec
@@ -48,6 +49,7 @@ class PublisherConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     replay_endpoint: str | None = None
     topic: str = ""
     block_size: int = 0
+    capacity: int = 0  # blocks of the engine's GPU cache; 0: unknown, and lost events are never made up for
     tokenizer: str = ""  # path or Hugging Face id; empty: the model's name
     chat_template: str | None = None
     content_format: str = "auto"
@@ -86,7 +88,7 @@ class Publisher:
         self._feed_rest = b""
         self._source = EventSource(config.endpoint, config.replay_endpoint, config.topic)
         self._writer = RedisWriter(config.redis_url, ModelId(config.model), lease_ttl_s=config.lease_ttl_s)
-        self._blocks = EngineBlocks(ModelId(config.model), config.block_size) if config.block_size else None
+        self._blocks = self._new_blocks(config.block_size) if config.block_size else None
         self._domain: Domain | None = None  # as it is in Redis; None: join (again)
         self._last_epoch = 0
         self._in_flight: int | None = None
@@ -146,8 +148,11 @@ class Publisher:
             if received.lost:
                 self._lost += received.lost
                 logger.warning("%d event batches before %d are lost", received.lost, received.seq)
+                if self._blocks is not None:
+                    self._blocks.doubt()
             if received.payload is not None:
                 self._apply(received.payload)
+        self._publish_doubt()
 
     def _apply(self, payload: bytes) -> None:
         try:
@@ -162,10 +167,23 @@ class Publisher:
             size = next((e.block_size for e in batch.events if isinstance(e, BlockStored) and _is_gpu(e)), 0)
             if not size:
                 return
-            self._blocks = EngineBlocks(ModelId(self._config.model), size)
+            self._blocks = self._new_blocks(size)
+            if self._lost:
+                self._blocks.doubt()
         changes = self._blocks.apply(batch.events)
         if self._domain is not None:
             self._publish(self._domain, changes)
+
+    def _new_blocks(self, block_size: int) -> EngineBlocks:
+        return EngineBlocks(ModelId(self._config.model), block_size, self._config.capacity)
+
+    def _publish_doubt(self) -> None:
+        """Say in the domain's record whether events of the engine are missing, when that changes."""
+        blocks, domain = self._blocks, self._domain
+        if blocks is not None and domain is not None and blocks.degraded != domain.degraded:
+            self._domain = replace(domain, degraded=blocks.degraded)
+            self._writer.join(self._domain)
+            logger.warning("the index %s", "lacks lost events" if blocks.degraded else "is exact again")
 
     def _publish(self, domain: Domain, changes: Iterable[Change]) -> None:
         for change in changes:
@@ -192,7 +210,14 @@ class Publisher:
             config.template_kwargs,
             config.served_names,
         )
-        domain = Domain(DomainId(config.pod), Epoch(self._last_epoch), spec, PodId(config.pod), config.address)
+        domain = Domain(
+            DomainId(config.pod),
+            Epoch(self._last_epoch),
+            spec,
+            PodId(config.pod),
+            config.address,
+            self._blocks.degraded,
+        )
         self._writer.join(domain)
         for tier, keys in self._blocks.snapshot().items():
             self._writer.add(domain.id, domain.epoch, tier, keys)
