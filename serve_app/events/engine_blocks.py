@@ -33,7 +33,7 @@ never promised in vain. A child of an unknown parent shows such a block, so it s
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from typing import Any, Final
@@ -166,7 +166,7 @@ class EngineBlocks:
             if before is not None:
                 self._parents[engine_hash] = before
             before = engine_hash
-            for key in split_keys(own):
+            for key in _split(own):
                 copies = held.get(key, 0)
                 held[key] = copies + 1
                 if not copies and old.pop(key, _NEW) is _NEW:
@@ -186,7 +186,7 @@ class EngineBlocks:
             if packed is None:
                 self.skipped["unknown_block"] += 1
                 continue
-            own = split_keys(packed)
+            own = _split(packed)
             for key in own:
                 copies = held.get(key, 0)
                 if copies > 1:
@@ -203,7 +203,13 @@ class EngineBlocks:
             yield Removed(tier, b"".join(removed))
 
     def _holds(self, key: BlockKey) -> bool:
-        return any(key in held for held in self._held.values()) or any(key in old for old in self._old.values())
+        for held in self._held.values():  # plain loops: `any` makes a generator for every block removed
+            if key in held:
+                return True
+        for old in self._old.values():  # noqa: SIM110
+            if key in old:
+                return True
+        return False
 
     def _confirm(self, last: EngineHash | None, held: dict[BlockKey, int], old: dict[BlockKey, None]) -> list[BlockKey]:
         """`last` and all blocks that it follows are held. Those that had been dropped already are returned."""
@@ -266,6 +272,11 @@ class EngineBlocks:
             content = msgspec.msgpack.encode(own) if own else b""
             extras.extend([content] * (event.block_size // self.block_size))
         return extras if any(extras) else None
+
+
+def _split(packed: BlockKeys) -> Sequence[BlockKey]:
+    """As `split_keys`, quick for the one key that most engine blocks have."""
+    return (BlockKey(packed),) if len(packed) == KEY_BYTES else split_keys(packed)
 
 
 def _last(packed: BlockKeys) -> BlockKey:
