@@ -92,6 +92,10 @@ bench: bench-setup ## every benchmarks/bench_*.py; results go to benchmarks/resu
 bench-read-path: bench-setup ## from body bytes to scored replicas, stage by stage
 	@$(BIN)/python benchmarks/bench_read_path.py $(ARGS)
 
+.PHONY: bench-write-path
+bench-write-path: setup ## from KV events to Redis and to a mirror: rates, delay, memory
+	@$(BIN)/python benchmarks/bench_write_path.py $(ARGS)
+
 .PHONY: bench-overhead
 bench-overhead: setup ## latency added over a direct call and requests per second, beside vllm-router
 	@$(BIN)/python benchmarks/bench_overhead.py $(ARGS)

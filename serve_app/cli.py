@@ -122,6 +122,10 @@ def publish(
         list[str] | None, typer.Option(help="Another name of the base model (vLLM's --served-model-name). Repeatable.")
     ] = None,
     block_size: Annotated[int, typer.Option(help="Engine's block size; 0 takes it from its first event.")] = 0,
+    capacity: Annotated[
+        int,
+        typer.Option(help="Blocks of the engine's GPU cache (vLLM logs it), to make up for lost events; 0: unknown."),
+    ] = 0,
     topic: Annotated[str, typer.Option(help="Topic prefix to subscribe to.")] = "",
     address: Annotated[str, typer.Option(help="Where the engine is, for people.")] = "",
     lmcache: Annotated[
@@ -139,6 +143,7 @@ def publish(
         replay_endpoint=replay,
         topic=topic,
         block_size=block_size,
+        capacity=capacity,
         tokenizer=tokenizer,
         chat_template=chat_template.read_text() if chat_template else None,
         served_names=tuple(served_name or ()),

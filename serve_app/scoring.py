@@ -31,8 +31,8 @@ TIER_WEIGHTS: Mapping[Tier, float] = MappingProxyType({GPU: 1.0, CPU: 0.8, LMCAC
 UNKNOWN_TIER_WEIGHT = 0.5
 
 TRUST_WEIGHTS: Mapping[Trust, float] = MappingProxyType({Trust.EXACT: 1.0, Trust.DEGRADED: 0.9, Trust.STALE: 0.8})
-"""What a matched token is worth, by the trust in its pod. A degraded pod holds no less than is known of it, so it loses
-only against equals; of a stale one blocks may have gone unheard, for a second or two: then its lease ends.
+"""What a matched token is worth, by the trust in its pod. A bounded part of a degraded pod is in doubt, so it loses
+only against equals; of a stale one any block may have gone unheard, for a second or two: then its lease ends.
 """
 
 

@@ -43,7 +43,7 @@ class Trust(StrEnum):
     """How sure it is that a pod holds what the index says it holds."""
 
     EXACT = "exact"  # every event of the engine has been applied, and everything was heard in time
-    DEGRADED = "degraded"  # events were lost: it holds what the index says, and perhaps more
+    DEGRADED = "degraded"  # events were lost and not yet made up for: it may hold more, or a little less
     STALE = "stale"  # not heard of in time, or not there: it may hold less, or more
 
 

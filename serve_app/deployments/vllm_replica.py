@@ -87,6 +87,7 @@ class VLLMReplica(LLMServer):
             endpoint=f"ipc://{self._sockets}/events",
             replay_endpoint=f"ipc://{self._sockets}/replay",
             block_size=vllm_config.cache_config.block_size,
+            capacity=vllm_config.cache_config.num_gpu_blocks or 0,
             tokenizer=vllm_config.model_config.tokenizer,
             chat_template=load_chat_template(frontend.get("chat_template")),
             content_format=frontend.get("chat_template_content_format", "auto"),

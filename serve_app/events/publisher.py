@@ -17,6 +17,7 @@ import os
 import time
 from collections import Counter, deque
 from collections.abc import Iterable
+from dataclasses import replace
 from typing import Protocol
 
 import msgspec
@@ -60,6 +61,7 @@ class PublisherConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     replay_endpoint: str | None = None
     topic: str = ""
     block_size: int = 0
+    capacity: int = 0  # blocks of the engine's GPU cache; 0: unknown, and lost events are never made up for
     tokenizer: str = ""  # path or Hugging Face id; empty: the model's name
     chat_template: str | None = None
     content_format: str = "auto"
@@ -168,8 +170,11 @@ class Publisher:
             if received.lost:
                 self._lost += received.lost
                 logger.warning("%d event batches before %d are lost", received.lost, received.seq)
+                if self._blocks is not None:
+                    self._blocks.doubt()
             if received.payload is not None:
                 self._apply(received.payload)
+        self._publish_doubt()
 
     def _apply(self, payload: bytes) -> None:
         try:
@@ -189,13 +194,24 @@ class Publisher:
             if not size:
                 return
             self._blocks = self._new_blocks(size)
+            if self._lost:
+                self._blocks.doubt()
         own = [event for event in batch.events if _is_gpu(event)] if self._config.attached else batch.events
         changes = self._blocks.apply(own)
         if self._domain is not None:
             self._publish(self._domain, changes)
 
     def _new_blocks(self, block_size: int) -> EngineBlocks:
-        return EngineBlocks(ModelId(self._config.model), block_size, counted=self._config.lmcache is None)
+        config = self._config
+        return EngineBlocks(ModelId(config.model), block_size, config.capacity, counted=config.lmcache is None)
+
+    def _publish_doubt(self) -> None:
+        """Say in the domain's record whether events of the engine are missing, when that changes."""
+        blocks, domain = self._blocks, self._domain
+        if blocks is not None and domain is not None and blocks.degraded != domain.degraded:
+            self._domain = replace(domain, degraded=blocks.degraded)
+            self._writer.join(self._domain)
+            logger.warning("the index %s", "lacks lost events" if blocks.degraded else "is exact again")
 
     def _publish(self, domain: Domain, changes: Iterable[Change]) -> None:
         for change in changes:
@@ -229,6 +245,7 @@ class Publisher:
             spec,
             pod,
             config.address,
+            self._blocks.degraded,
             attached=tuple(DomainId(domain) for domain in config.attached),
             chunk_size=config.lmcache.chunk_size if config.lmcache else 0,
         )

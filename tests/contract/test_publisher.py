@@ -2,93 +2,20 @@
 
 from __future__ import annotations
 
-import contextlib
-import signal
-import subprocess
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 
 import msgspec
 import pytest
 import redis
-from vllm.distributed.kv_events import AllBlocksCleared, BlockRemoved, BlockStored, KVEventBatch, ZmqEventPublisher
+from vllm.distributed.kv_events import AllBlocksCleared, BlockRemoved
 
-from serve_app.blocks import block_keys, namespace_key, pack_tokens
-from serve_app.events.publisher import Feed, PublisherConfig
+from serve_app.events.publisher import Feed
 from serve_app.events.source import EventSource
 from serve_app.index.mirror import Mirror
-from serve_app.types import BlockKeys, ModelId, PodId, Served, Trust
+from serve_app.types import Served, Trust
+from tests.engine import MODEL, POD, SIZE, Engine, PublisherProcess, engine_hash, matched
 from tests.helpers import eventually
-
-MODEL = ModelId("test-model")
-POD = PodId("pod-1")
-SIZE = 4
-
-
-class Engine:
-    """The part of vLLM that sends KV events, for real; the events are written by the test."""
-
-    def __init__(self, folder: Path) -> None:
-        self.endpoint, self.replay_endpoint = f"ipc://{folder}/events", f"ipc://{folder}/replay"
-        self._publisher: ZmqEventPublisher | None = None
-        self.start()
-
-    def start(self) -> None:
-        self._publisher = ZmqEventPublisher(0, self.endpoint, self.replay_endpoint)
-
-    def stop(self) -> None:
-        if self._publisher is not None:
-            self._publisher.shutdown()
-            self._publisher = None
-
-    def restart(self) -> None:
-        self.stop()
-        self.start()
-
-    def reconnect(self) -> None:
-        """Cut the live stream's connections; the engine and its replay buffer live on."""
-        assert self._publisher is not None
-        assert self._publisher._pub is not None
-        self._publisher._pub.unbind(self.endpoint)
-        self._publisher._pub.close(linger=0)
-        self._publisher._pub = None
-        replay, self._publisher._replay_endpoint = self._publisher._replay_endpoint, None
-        self._publisher._socket_setup()
-        self._publisher._replay_endpoint = replay
-
-    def send(self, *events: object) -> None:
-        assert self._publisher is not None
-        self._publisher.publish(KVEventBatch(ts=0.0, events=list(events)))
-
-    def store_and_wait(self, batches: int) -> None:
-        """Send some batches to nobody."""
-        for start in range(0, 4 * batches, 4):
-            self.store(range(start, start + 4))
-        assert self._publisher is not None
-        eventually(lambda: len(self._publisher._buffer) >= batches)  # type: ignore[union-attr]
-
-    def store(self, tokens: range, parent: bytes | None = None) -> None:
-        hashes = [_hash(tokens[i]) for i in range(0, len(tokens), SIZE)]
-        self.send(
-            BlockStored(
-                block_hashes=hashes,
-                parent_block_hash=parent,
-                token_ids=list(tokens),
-                block_size=SIZE,
-                lora_id=None,
-                medium="GPU",
-                lora_name=None,
-            )
-        )
-
-
-def _hash(first_token: int) -> bytes:
-    return b"engine-%d" % first_token
-
-
-def prompt(tokens: range) -> BlockKeys:
-    return block_keys(pack_tokens(tokens), SIZE, namespace_key(MODEL, SIZE))
 
 
 @pytest.fixture
@@ -107,40 +34,6 @@ def mirror(redis_url: str) -> Iterator[Mirror]:
     mirror.close()
 
 
-class PublisherProcess:
-    """`python -m serve_app.events`, as a replica runs it."""
-
-    def __init__(self, engine: Engine, redis_url: str, block_size: int = SIZE, log: Path | None = None) -> None:
-        config = PublisherConfig(
-            redis_url=redis_url,
-            model=MODEL,
-            pod=POD,
-            endpoint=engine.endpoint,
-            replay_endpoint=engine.replay_endpoint,
-            block_size=block_size,
-        )
-        command = [sys.executable, "-m", "serve_app.events"]
-        with log.open("wb") if log else contextlib.nullcontext() as stderr:
-            self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stderr=stderr)
-        self.tell(msgspec.json.encode(config))
-
-    def tell(self, line: bytes) -> None:
-        assert self.process.stdin is not None
-        self.process.stdin.write(line + b"\n")
-        self.process.stdin.flush()
-
-    def end_of_parent(self) -> None:
-        assert self.process.stdin is not None
-        self.process.stdin.close()
-        assert self.process.wait(10) == 0
-
-    def kill(self) -> None:
-        self.process.send_signal(signal.SIGKILL)
-        self.process.wait(10)
-        assert self.process.stdin is not None
-        self.process.stdin.close()
-
-
 @pytest.fixture
 def publisher(engine: Engine, redis_url: str, mirror: Mirror) -> Iterator[PublisherProcess]:
     publisher = PublisherProcess(engine, redis_url)
@@ -149,14 +42,10 @@ def publisher(engine: Engine, redis_url: str, mirror: Mirror) -> Iterator[Publis
     publisher.kill()
 
 
-def matched(mirror: Mirror, tokens: range) -> int:
-    return mirror.match(prompt(tokens), [POD])[POD].total_tokens
-
-
 def test_stored_removed_and_cleared_blocks(engine: Engine, publisher: PublisherProcess, mirror: Mirror) -> None:
     engine.store(range(16))
     eventually(lambda: matched(mirror, range(16)) == 16)
-    engine.send(BlockRemoved(block_hashes=[_hash(8)], medium="GPU"))
+    engine.send(BlockRemoved(block_hashes=[engine_hash(8)], medium="GPU"))
     eventually(lambda: matched(mirror, range(16)) == 8)
     engine.send(AllBlocksCleared())
     eventually(lambda: matched(mirror, range(16)) == 0)
@@ -166,7 +55,7 @@ def test_stored_removed_and_cleared_blocks(engine: Engine, publisher: PublisherP
 
 def test_a_publisher_that_starts_late_publishes_what_was_before(engine: Engine, redis_url: str, mirror: Mirror) -> None:
     for start in range(0, 400, 4):
-        engine.store(range(start, start + 4), parent=_hash(start - 4) if start else None)
+        engine.store(range(start, start + 4), parent=engine_hash(start - 4) if start else None)
     late = PublisherProcess(engine, redis_url, block_size=0)  # and learns the block size from the engine
     eventually(lambda: matched(mirror, range(400)) == 400, 15)
     spec = mirror.spec()
@@ -269,7 +158,7 @@ def test_everything_is_published_again_after_flushall(
     with redis.Redis.from_url(redis_url) as client:
         client.flushall()
         eventually(lambda: client.exists(f"kv:{{{MODEL}}}:domains"))
-    engine.store(range(16, 24), parent=_hash(12))
+    engine.store(range(16, 24), parent=engine_hash(12))
     eventually(lambda: matched(mirror, range(24)) == 24, 10)
 
 

@@ -24,7 +24,7 @@ from serve_app.index.keyspace import HeartbeatRecord, Keyspace
 from serve_app.index.mirror import Mirror
 from serve_app.index.redis_writer import LOG_MAX_ENTRIES, RedisWriter
 from serve_app.types import GPU, BlockKeys, DomainId, Epoch, PodId
-from tests.contract.test_publisher import MODEL, POD, SIZE, Engine, PublisherProcess, _hash, prompt
+from tests.engine import MODEL, POD, SIZE, Engine, PublisherProcess, engine_hash, prompt
 from tests.helpers import eventually, keys, pod
 from tests.proxy import Proxy
 from tests.servers import HOST, Server, sentinel_for
@@ -68,7 +68,7 @@ class Fleet:
         self._dropped -= set(blocks)
 
     def remove(self, *blocks: int) -> None:
-        self.engine.send(BlockRemoved(block_hashes=[_hash(_tokens(block)[0]) for block in blocks], medium="GPU"))
+        self.engine.send(BlockRemoved(block_hashes=[engine_hash(_tokens(block)[0]) for block in blocks], medium="GPU"))
         self._held -= set(blocks)
         self._dropped |= set(blocks)
 

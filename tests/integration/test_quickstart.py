@@ -213,7 +213,7 @@ def test_models_and_tokenize_are_vllms(http: httpx.Client) -> None:
 
 
 def test_a_receipt_tells_what_was_known_and_what_came_of_it(http: httpx.Client, openai_client: openai.OpenAI) -> None:
-    messages = [{"role": "user", "content": story("Lou")}]
+    messages = [{"role": "user", "content": story("Lou", 1500)}]
     first, _ = ask(openai_client, messages)
     body = {"model": MODEL, "messages": messages}
     eventually(lambda: score(http, body)["scores"][first] > 100)

@@ -1,0 +1,155 @@
+"""Events that never reached the publisher, and processes of the write path that stop, die and come back."""
+
+from __future__ import annotations
+
+import signal
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from serve_app.index.mirror import Mirror
+from serve_app.types import Trust
+from tests.engine import MODEL, POD, SIZE, Engine, PublisherProcess, engine_hash, matched
+from tests.helpers import eventually
+
+CAPACITY = 600  # blocks
+MUCH = 2000  # tokens of a batch that fills the sockets' buffers soon
+HWM = 4
+FEW_STEPS = 4
+FLOOD = 200  # batches; the kernel's socket buffers hold some tens
+
+
+@pytest.fixture
+def mirror(redis_url: str) -> Iterator[Mirror]:
+    mirror = Mirror(redis_url, MODEL)
+    mirror.start()
+    assert mirror.wait_ready(5)
+    yield mirror
+    mirror.close()
+
+
+def flood(engine: Engine) -> None:
+    """Store and remove one prompt again and again: at the end it is not there."""
+    for _ in range(FLOOD // 2):
+        engine.store(range(50_000, 50_000 + MUCH))
+        engine.remove(range(50_000, 50_000 + MUCH))
+    eventually(engine.sent)
+
+
+def with_publisher(engine: Engine, redis_url: str, mirror: Mirror) -> PublisherProcess:
+    publisher = PublisherProcess(engine, redis_url, capacity=CAPACITY)
+    eventually(lambda: mirror.pods() == [POD], 15)
+    return publisher
+
+
+def test_a_gap_that_the_engine_still_has_is_replayed_in_order_and_once(
+    tmp_path: Path, redis_url: str, mirror: Mirror
+) -> None:
+    engine = Engine(tmp_path, hwm=HWM)
+    publisher = with_publisher(engine, redis_url, mirror)
+    engine.store(range(16))
+    eventually(lambda: matched(mirror, range(16)) == 16)
+    publisher.send(signal.SIGSTOP)
+    flood(engine)
+    engine.store(range(16, 32), parent=engine_hash(12))
+    engine.remove(range(28, 32))
+    publisher.send(signal.SIGCONT)
+    eventually(lambda: matched(mirror, range(32)) == 28, 20)
+    assert matched(mirror, range(50_000, 50_004)) == 0
+    engine.remove(range(28))  # each once: had anything been applied twice, a copy would be left
+    eventually(lambda: mirror.block_counts() == {"gpu": 0} or not sum(mirror.block_counts().values()))
+    ((_, _, heartbeat),) = mirror.domains()
+    assert heartbeat is not None
+    assert heartbeat.events_lost == 0
+    assert mirror.trust(POD) is Trust.EXACT
+    publisher.kill()
+    engine.stop()
+
+
+def test_a_gap_beyond_the_buffer_is_said_and_made_up_for(tmp_path: Path, redis_url: str, mirror: Mirror) -> None:
+    engine = Engine(tmp_path, buffer_steps=FEW_STEPS, hwm=HWM)
+    publisher = with_publisher(engine, redis_url, mirror)
+    phantom, hot = range(16), range(100, 132)
+    engine.store(phantom)
+    engine.store(hot)
+    eventually(lambda: matched(mirror, hot) == 32)
+    publisher.send(signal.SIGSTOP)
+    flood(engine)
+    engine.remove(phantom)  # nobody hears
+    for start in range(1000, 1000 + 4 * FLOOD * SIZE, SIZE):  # and what follows takes its place in the buffer
+        engine.store(range(start, start + SIZE))
+    eventually(engine.sent)
+    publisher.send(signal.SIGCONT)
+    engine.store(range(132, 136), parent=engine_hash(128))  # a request that needed the hot prompt
+    eventually(lambda: matched(mirror, range(100, 136)) == 36, 20)
+    assert mirror.trust(POD) is Trust.DEGRADED
+    engine.store(range(20_000, 20_000 + CAPACITY * SIZE))
+    eventually(lambda: mirror.trust(POD) is Trust.EXACT)
+    assert matched(mirror, phantom) == 0
+    assert matched(mirror, range(100, 136)) == 36
+    publisher.kill()
+    engine.stop()
+
+
+def test_a_publisher_that_starts_after_the_buffer_is_degraded_until_the_cache_has_turned_over(
+    tmp_path: Path, redis_url: str, mirror: Mirror
+) -> None:
+    engine = Engine(tmp_path, buffer_steps=FEW_STEPS)
+    engine.store_and_wait(FEW_STEPS)
+    engine.store(range(400, 416))
+    publisher = with_publisher(engine, redis_url, mirror)
+    eventually(lambda: matched(mirror, range(400, 416)) == 16)
+    assert mirror.trust(POD) is Trust.DEGRADED
+    engine.store(range(20_000, 20_000 + CAPACITY * SIZE))
+    eventually(lambda: mirror.trust(POD) is Trust.EXACT)
+    publisher.kill()
+    engine.stop()
+
+
+@pytest.mark.parametrize("who", ["publisher", "engine", "both"])
+def test_restarts(who: str, tmp_path: Path, redis_url: str, mirror: Mirror) -> None:
+    """What the mirror holds afterwards is what the living engine holds."""
+    engine = Engine(tmp_path)
+    publisher = with_publisher(engine, redis_url, mirror)
+    engine.store(range(16))
+    engine.store(range(100, 116))
+    engine.remove(range(112, 116))
+    eventually(lambda: matched(mirror, range(100, 116)) == 12 and matched(mirror, range(16)) == 16)
+    if who != "engine":
+        publisher.kill()
+    if who != "publisher":
+        engine.restart()
+    engine.store(range(200, 208))
+    if who != "engine":
+        publisher = PublisherProcess(engine, redis_url, capacity=CAPACITY)
+    kept = who == "publisher"
+    eventually(
+        lambda: (
+            matched(mirror, range(200, 208)) == 8
+            and matched(mirror, range(16)) == 16 * kept
+            and matched(mirror, range(100, 116)) == 12 * kept
+        ),
+        15,
+    )
+    assert mirror.trust(POD) is Trust.EXACT
+    publisher.kill()
+    engine.stop()
+
+
+def test_a_lost_node_is_in_no_mirror_within_five_seconds_and_exact_when_it_is_back(
+    tmp_path: Path, redis_url: str, mirror: Mirror
+) -> None:
+    engine = Engine(tmp_path)
+    publisher = with_publisher(engine, redis_url, mirror)
+    engine.store(range(16))
+    eventually(lambda: matched(mirror, range(16)) == 16)
+    publisher.send(signal.SIGSTOP)
+    eventually(lambda: matched(mirror, range(16)) == 0, 5)
+    assert mirror.pods() == []
+    engine.store(range(16, 24), parent=engine_hash(12))
+    publisher.send(signal.SIGCONT)
+    eventually(lambda: matched(mirror, range(24)) == 24, 10)
+    assert mirror.trust(POD) is Trust.EXACT
+    publisher.kill()
+    engine.stop()
