@@ -39,6 +39,7 @@ MODEL: Final = "smollm2-135m-instruct"
 _START_TIMEOUT_S: Final = 300.0
 _REPLICA_PORTS: Final = range(30_000, 31_000)  # RAY_SERVE_DIRECT_INGRESS_MIN_HTTP_PORT and MAX
 _RECEIPTS: Final = 1000
+_FOLLOW_S: Final = 2.0  # for HAProxy to hear of a new replica
 
 Say = Callable[[str], None]
 
@@ -183,9 +184,28 @@ def serve_fleet(system: System, model_path: str, kv_blocks: int, folder: Path, s
             found: list[dict[str, Any]] = answer.raise_for_status().json()
             return found
 
-        yield Fleet([stack.url], engines, lambda: _restart_deployment(stack, router), receipts)
+        def restart() -> None:
+            before = _routers(receipts())
+            _restart_deployment(stack, router)
+            if system is System.KV_AWARE:  # until HAProxy knows the new router it routes without one
+                _until(lambda: _ask_something(stack.url) and bool(_routers(receipts()) - before), "the new router")
+
+        yield Fleet([stack.url], engines, restart, receipts)
     finally:
         local_stack.stop(stack, on_progress=lambda _: None)
+
+
+def _routers(receipts: list[dict[str, Any]]) -> set[str]:
+    return {receipt["router"] for receipt in receipts}
+
+
+def _ask_something(url: str) -> bool:
+    """A prompt that is new each time."""
+    body = {"model": MODEL, "messages": [{"role": "user", "content": f"{time.time_ns()}"}], "max_tokens": 1}
+    try:
+        return httpx.post(f"{url}/v1/chat/completions", json=body, timeout=30).is_success
+    except httpx.HTTPError:
+        return False
 
 
 def _our_config(system: System, model_path: str, kv_blocks: int) -> dict[str, Any]:
@@ -256,7 +276,8 @@ def _restart_deployment(stack: local_stack.Running, deployment: str) -> None:
     for process in old.values():
         process.kill()
     _until(lambda: bool(set(replicas()) - set(old)), f"a new {deployment}")
-    _until(lambda: _answers(f"{stack.url}/v1/models"), "the OpenAI API")
+    _until(lambda: _ask_something(stack.url), "the OpenAI API")
+    time.sleep(_FOLLOW_S)
 
 
 def _family(stack: local_stack.Running) -> list[psutil.Process]:
