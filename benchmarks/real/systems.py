@@ -121,7 +121,7 @@ class PlainEngines:
 def engine_options(kv_blocks: int) -> dict[str, Any]:
     """Of every engine of every system."""
     return {
-        "max_model_len": 8192,
+        "max_model_len": 2048,
         "dtype": "bfloat16",
         "block_size": BLOCK_SIZE,
         "enforce_eager": True,
