@@ -90,6 +90,7 @@ class PlainEngines:
     def __init__(self, stack: ExitStack, model_path: str, kv_blocks: int, folder: Path, say: Say) -> None:
         self.engines: list[Engine] = []
         self.events: list[int] = []  # ports; the replay socket's is the next one
+        started: list[subprocess.Popen[bytes]] = []
         say("starting vLLM servers")
         for i in range(ENGINES):
             port, events = local_stack.free_port(), _free_pair()
@@ -111,11 +112,18 @@ class PlainEngines:
             for option, value in options.items():
                 command += [f"--{option.replace('_', '-')}", *([] if value is True else [str(value)])]
             environment = {**os.environ, **_ENGINE_ENVIRONMENT, NAME_VARIABLE: name}
-            stack.enter_context(_process(command, folder / f"{name}.log", environment))
+            started.append(stack.enter_context(_process(command, folder / f"{name}.log", environment)))
             self.engines.append(Engine(name, f"http://127.0.0.1:{port}"))
             self.events.append(events)
-        for engine in self.engines:
-            _until(lambda engine=engine: _answers(f"{engine.url}/health"), engine.name)  # type: ignore[misc]
+
+        def all_answer() -> bool:
+            for engine, process in zip(self.engines, started, strict=True):
+                if process.poll() is not None:
+                    log = (folder / f"{engine.name}.log").read_text(errors="replace")
+                    raise local_stack.StackError(f"{engine.name} ended with {process.returncode}:\n{log[-2000:]}")
+            return all(_answers(f"{engine.url}/health") for engine in self.engines)
+
+        _until(all_answer, "the vLLM servers")
 
 
 def engine_options(kv_blocks: int) -> dict[str, Any]:
@@ -317,14 +325,14 @@ def vllm_router_fleet(system: System, router: RouterInstall, plain: PlainEngines
 
 
 @contextmanager
-def _process(command: Sequence[str], log: Path, environment: Mapping[str, str]) -> Iterator[None]:
+def _process(command: Sequence[str], log: Path, environment: Mapping[str, str]) -> Iterator[subprocess.Popen[bytes]]:
     with log.open("ab") as output:
         process = subprocess.Popen(
             command, stdin=subprocess.DEVNULL, stdout=output, stderr=subprocess.STDOUT, env=dict(environment)
         )
     family = []
     try:
-        yield
+        yield process
     finally:
         with contextlib.suppress(psutil.NoSuchProcess):
             family = [psutil.Process(process.pid), *psutil.Process(process.pid).children(recursive=True)]
