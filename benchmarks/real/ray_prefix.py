@@ -36,12 +36,13 @@ class RayReplica(LLMServer):
         await super().__init__(llm_config, **kwargs)
         name = serve.get_replica_context().replica_id.unique_id
         os.environ[NAME_VARIABLE] = name
+        assert self.engine is not None
         app = await self.engine.build_asgi_app()
         app.middleware_stack = None  # vLLM has built it already; Starlette builds it again with ours
         app.add_middleware(NamedEngine)
         listener = socket.create_server(("127.0.0.1", 0))
         server = uvicorn.Server(uvicorn.Config(app, log_level="error", lifespan="off"))
-        server.capture_signals = contextlib.nullcontext  # type: ignore[method-assign]  # those are Ray's
+        server.capture_signals = contextlib.nullcontext  # type: ignore[assignment,method-assign]  # those are Ray's
         self._http = asyncio.create_task(server.serve([listener]))
         _tell_port(name, listener.getsockname()[1])
 
