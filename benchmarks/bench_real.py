@@ -52,7 +52,8 @@ from serve_app.model import resolve_model  # noqa: E402
 OUTPUT: Final = ROOT / "benchmarks/results/real.json"
 _NOTES: Final = (
     "Client, router and both engines share the machine's cores; TTFT is as the client saw it.",
-    "The oracle is one cache that never forgets, not even when an engine is reset; prompts only, whole blocks.",
+    "The oracle is one cache that never forgets, not even when an engine is reset; prompts only, whole blocks. "
+    "A system can be a little above it: at times an engine generates the very text that stands in the history.",
     "Round robin and least loaded know nothing of caches: of the scenarios they run base and zipf only.",
     "Ray's router runs behind Serve's ordinary ingress: with direct streaming Serve never tells it who got a request.",
 )
