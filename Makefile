@@ -104,6 +104,10 @@ bench-overhead: setup ## latency added over a direct call and requests per secon
 bench-fleet: bench-setup ## routing policies on a simulated fleet of GPU replicas, with plots
 	@$(BIN)/python benchmarks/bench_fleet.py $(ARGS)
 
+.PHONY: bench-real
+bench-real: setup ## real vLLM engines: KV-aware beside its baselines, Ray's prefix router and vllm-router
+	@$(BIN)/python benchmarks/bench_real.py $(ARGS)
+
 .PHONY: lock
 lock: ## resolve pyproject.toml afresh and write constraints.txt
 	@scripts/setup.sh --lock
