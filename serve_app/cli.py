@@ -21,7 +21,12 @@ from serve_app.errors import ConfigError, KVCacheError
 if TYPE_CHECKING:
     from serve_app.events.publisher import PublisherConfig
 
-app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, help=__doc__)
+app = typer.Typer(
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    help="KV-cache-aware routing for vLLM fleets on Ray Serve.",
+)
 console = Console(stderr=True, highlight=False)
 
 CONFIGS = Path(__file__).parent.parent / "configs"
@@ -100,6 +105,7 @@ def status() -> None:
         table.add_row(
             shared["domain"],
             "yes" if shared["live"] else "[red]no[/red]",
+            "",
             str(shared["blocks"]),
             "",
             str(shared["events_applied"]),
@@ -201,12 +207,43 @@ def score(
     import httpx
 
     try:
-        answer = httpx.post(url, content=sys.stdin.buffer.read(), timeout=60)
+        answer = httpx.put(url, content=sys.stdin.buffer.read(), timeout=60)
     except httpx.HTTPError as error:
         raise ConfigError(f"{url} does not answer ({error}); is the kvcache application running?") from error
     print(json.dumps(answer.json(), indent=2))
     if answer.is_error:
         raise typer.Exit(1)
+
+
+@app.command()
+def receipts(
+    count: Annotated[int, typer.Option(min=1, max=1000, help="How many, newest first.")] = 20,
+    url: Annotated[str, typer.Option(help="Receipts endpoint.")] = "http://127.0.0.1:8000/kvcache/v1/receipts",
+) -> None:
+    """Show the routers' last decisions: who got the request and why, and what the engine took from its cache."""
+    import httpx
+
+    try:
+        answer = httpx.get(url, params={"limit": count}, timeout=60).raise_for_status().json()
+    except httpx.HTTPError as error:
+        raise ConfigError(f"{url} does not answer ({error}); is the kvcache application running?") from error
+    table = Table("request", "replica", "outcome", "prompt", "predicted", "cached", "queued", "prefill")
+    for one in answer:
+        actual = one.get("actual")
+        told = (
+            (str(actual["cached_tokens"]), f"{actual['queued_s']:.3f} s", f"{actual['prefill_s']:.3f} s")
+            if actual
+            else ("?", "?", "?")
+        )
+        table.add_row(
+            one["request_id"],
+            one["chosen"],
+            f"{one['outcome']}: {one['reason']}",
+            str(one.get("prompt_tokens", "?")),
+            str(one.get("predicted_cached_tokens", 0)),
+            *told,
+        )
+    Console().print(table)
 
 
 @app.command()
