@@ -15,10 +15,8 @@ import psutil
 import pytest
 import redis
 from typer.testing import CliRunner
-from typer.testing import CliRunner
 
 from serve_app import local_stack
-from serve_app.cli import app as cli
 from serve_app.cli import app
 from serve_app.index.mirror import Mirror
 from serve_app.prompts.encoder import PromptEncoder
@@ -241,7 +239,8 @@ def test_a_receipt_tells_what_was_known_and_what_came_of_it(http: httpx.Client, 
     assert receipt["prompt_tokens"] == receipt["actual"]["prompt_tokens"] == answer.usage.prompt_tokens
     assert receipt["actual"]["prefill_s"] > 0
     assert len(receipt["replicas"]) == 2
-    shown = CliRunner(env={"COLUMNS": "200"}).invoke(cli, ["receipts", "--url", f"{http.base_url}/kvcache/v1/receipts"])
+    url = f"{str(http.base_url).rstrip('/')}/kvcache/v1/receipts"
+    shown = CliRunner(env={"COLUMNS": "200"}).invoke(app, ["receipts", "--url", url])
     assert shown.exit_code == 0
     assert re.search(rf"lou-again .* {replica} .* hit: prefix .* {cached} ", shown.stdout)
 
