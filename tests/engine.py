@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
+from typing import ClassVar
 
 import msgspec
 from vllm.distributed.kv_events import BlockRemoved, BlockStored, KVEventBatch, ZmqEventPublisher
@@ -99,6 +100,8 @@ def prompt(tokens: range) -> BlockKeys:
 class PublisherProcess:
     """`python -m serve_app.events`, as a replica runs it."""
 
+    started: ClassVar[list[PublisherProcess]] = []  # for tests/contract/conftest.py, which ends what a test left
+
     def __init__(
         self, engine: Engine, redis_url: str, block_size: int = SIZE, log: Path | None = None, capacity: int = 0
     ) -> None:
@@ -114,6 +117,7 @@ class PublisherProcess:
         command = [sys.executable, "-m", "serve_app.events"]
         with log.open("wb") if log else contextlib.nullcontext() as stderr:
             self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stderr=stderr)
+        self.started.append(self)
         self.tell(msgspec.json.encode(config))
 
     def tell(self, line: bytes) -> None:

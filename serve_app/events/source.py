@@ -6,6 +6,7 @@ still has from there on, as `["", topic, sequence, payload]`, and ends with sequ
 
     live 0 1 2 5      -> 3 and 4 are asked for again, then 5
     live 7 8 0        -> a new life: everything known of the old one is void
+    live 0 1 2        -> and no more: was 3 dropped? an idle engine is asked for what comes after 2
 
 A new life may also hide behind a lost connection, with higher numbers than we have seen. So after every connect the
 engine is asked for the last batch that we applied: the same bytes mean the same life, and we go on after it.
@@ -14,6 +15,7 @@ engine is asked for the last batch that we applied: the same bytes mean the same
 from __future__ import annotations
 
 import logging
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -25,6 +27,8 @@ logger = logging.getLogger(__name__)
 _END = -1
 _RECEIVE_BUFFER = 100_000  # batches that wait while Redis is slow; what is dropped beyond is replayed
 REPLAY_TIMEOUT_S = 2.0
+IDLE_CHECK_S = 1.0  # without a batch for so long, the engine is asked whether the last ones were dropped
+_IDLE_ANSWER_S = 0.2  # then; if it does not answer, it is asked again at the next check
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,6 +59,7 @@ class EventSource:
         self._next = 0  # sequence number that comes next
         self._last_live = -1  # last one from the PUB socket, which repeats none within a life
         self._last_payload = b""  # of the batch before `_next`
+        self._check_at_s = 0.0  # when an idle engine is asked next
         self.connected = False
         self.caught_up = False
         self.socket = self._context.socket(zmq.SUB)
@@ -75,15 +80,24 @@ class EventSource:
             return
         if not self.caught_up:
             yield from self._catch_up()
-        for _ in range(limit if self.caught_up else 0):
+        for i in range(limit if self.caught_up else 0):
             try:
                 _, raw_seq, payload = self.socket.recv_multipart(zmq.NOBLOCK)
             except zmq.Again:
+                if not i:
+                    yield from self._check_idle()
                 return
             except ValueError:
                 logger.warning("an event message that does not have three frames was skipped")
                 continue
+            self._check_at_s = time.monotonic() + IDLE_CHECK_S
             yield from self._in_order(int.from_bytes(raw_seq, "big"), payload)
+
+    def _check_idle(self) -> Iterator[Received]:
+        """A gap shows with the batch after it. The last batches have none: ask for them."""
+        if time.monotonic() >= self._check_at_s:
+            yield from self._replay(None, _IDLE_ANSWER_S)
+            self._check_at_s = time.monotonic() + IDLE_CHECK_S
 
     def _watch_connection(self) -> None:
         while self.monitor.poll(0):
@@ -120,16 +134,16 @@ class EventSource:
         self._next, self._last_payload = seq + 1, payload
         return Received(seq, payload, lost=lost)
 
-    def _replay(self, until: int | None) -> Iterator[Received]:
+    def _replay(self, until: int | None, timeout_s: float = REPLAY_TIMEOUT_S) -> Iterator[Received]:
         """Take what the engine still has, from `_next` on and before `until`."""
-        for seq, payload in self._ask(self._next):
+        for seq, payload in self._ask(self._next, timeout_s):
             if seq == _END:
                 self.caught_up = True
                 return
             if seq >= self._next and (until is None or seq < until):
                 yield self._accept(seq, payload)
 
-    def _ask(self, start: int) -> Iterator[tuple[int, bytes]]:
+    def _ask(self, start: int, timeout_s: float = REPLAY_TIMEOUT_S) -> Iterator[tuple[int, bytes]]:
         """The engine's answer to a replay request, with its end mark; it breaks off when the engine is silent."""
         if self._replay_endpoint is None:
             return
@@ -137,12 +151,13 @@ class EventSource:
         try:
             socket.connect(self._replay_endpoint)
             socket.send_multipart((b"", start.to_bytes(8, "big")))
-            while socket.poll(int(REPLAY_TIMEOUT_S * 1000)):
+            while socket.poll(int(timeout_s * 1000)):
                 _, _, raw_seq, payload = socket.recv_multipart()
                 seq = int.from_bytes(raw_seq, "big", signed=True)
                 yield seq, payload
                 if seq == _END:
                     return
-            logger.warning("the engine did not answer a replay request within %s s", REPLAY_TIMEOUT_S)
+            if timeout_s >= REPLAY_TIMEOUT_S:
+                logger.warning("the engine did not answer a replay request within %s s", timeout_s)
         finally:
             socket.close(linger=0)

@@ -62,7 +62,7 @@ def test_a_gap_that_the_engine_still_has_is_replayed_in_order_and_once(
     ((_, _, heartbeat),) = mirror.domains()
     assert heartbeat is not None
     assert heartbeat.events_lost == 0
-    assert mirror.trust(POD) is Trust.EXACT
+    eventually(lambda: mirror.trust(POD) is Trust.EXACT)
     publisher.kill()
     engine.stop()
 
@@ -83,7 +83,7 @@ def test_a_gap_beyond_the_buffer_is_said_and_made_up_for(tmp_path: Path, redis_u
     publisher.send(signal.SIGCONT)
     engine.store(range(132, 136), parent=engine_hash(128))  # a request that needed the hot prompt
     eventually(lambda: matched(mirror, range(100, 136)) == 36, 20)
-    assert mirror.trust(POD) is Trust.DEGRADED
+    eventually(lambda: mirror.trust(POD) is Trust.DEGRADED)
     engine.store(range(20_000, 20_000 + CAPACITY * SIZE))
     eventually(lambda: mirror.trust(POD) is Trust.EXACT)
     assert matched(mirror, phantom) == 0
@@ -100,7 +100,7 @@ def test_a_publisher_that_starts_after_the_buffer_is_degraded_until_the_cache_ha
     engine.store(range(400, 416))
     publisher = with_publisher(engine, redis_url, mirror)
     eventually(lambda: matched(mirror, range(400, 416)) == 16)
-    assert mirror.trust(POD) is Trust.DEGRADED
+    eventually(lambda: mirror.trust(POD) is Trust.DEGRADED)
     engine.store(range(20_000, 20_000 + CAPACITY * SIZE))
     eventually(lambda: mirror.trust(POD) is Trust.EXACT)
     publisher.kill()
@@ -132,7 +132,7 @@ def test_restarts(who: str, tmp_path: Path, redis_url: str, mirror: Mirror) -> N
         ),
         15,
     )
-    assert mirror.trust(POD) is Trust.EXACT
+    eventually(lambda: mirror.trust(POD) is Trust.EXACT)
     publisher.kill()
     engine.stop()
 
@@ -150,6 +150,6 @@ def test_a_lost_node_is_in_no_mirror_within_five_seconds_and_exact_when_it_is_ba
     engine.store(range(16, 24), parent=engine_hash(12))
     publisher.send(signal.SIGCONT)
     eventually(lambda: matched(mirror, range(24)) == 24, 10)
-    assert mirror.trust(POD) is Trust.EXACT
+    eventually(lambda: mirror.trust(POD) is Trust.EXACT)
     publisher.kill()
     engine.stop()
