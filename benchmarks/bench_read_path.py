@@ -513,8 +513,8 @@ async def _check_path(path: ReadPath, chat: Chat, text: str) -> dict[str, int]:
         path.prepare(chat, warmth)
         scored = await path.whole(chat)
         assert scored.scores == expected, f"{warmth}: scores are {scored.scores}, not {expected}"
-        assert scored.prompt_tokens == len(ids), f"{warmth}: {scored.prompt_tokens} tokens, not {len(ids)}"
-        known = scored.known_tokens if warmth == "90% warm" else known
+        assert scored.found.prompt_tokens == len(ids), f"{warmth}: {scored.found.prompt_tokens} tokens, not {len(ids)}"
+        known = scored.found.known_tokens if warmth == "90% warm" else known
     return {"tokens": len(ids), "body_bytes": len(chat.body), "known_tokens_when_90%_warm": known}
 
 
