@@ -42,7 +42,7 @@ class SimulatedEngine(LLMEngine):
         # What VLLMReplica reads of vLLM's AsyncLLM: for the publisher's settings, the load, what was served.
         self._engine_client = SimpleNamespace(
             vllm_config=SimpleNamespace(
-                cache_config=SimpleNamespace(block_size=self._block_size),
+                cache_config=SimpleNamespace(block_size=self._block_size, num_gpu_blocks=0),
                 model_config=SimpleNamespace(tokenizer=self._model_path),
             ),
             output_processor=SimpleNamespace(get_num_unfinished_requests=lambda: 0),

@@ -70,6 +70,7 @@ class VLLMReplica(LLMServer):
         if manager is not None:  # with `disable_log_stats` it is: then nothing is learned of served requests
             manager.stat_loggers.append(self._ended)
         self._supervisor = asyncio.create_task(self._run_publisher())
+        self._supervisor.add_done_callback(_tell_failure)
 
     async def __serve_build_asgi_app__(self) -> Any:
         app = await super().__serve_build_asgi_app__()  # type: ignore[no-untyped-call]
@@ -170,6 +171,11 @@ class _EndedRequests(StatLoggerBase):  # type: ignore[misc]  # vLLM is not follo
         """Those since the last call."""
         served, self._served = self._served, []
         return served
+
+
+def _tell_failure(supervisor: asyncio.Task[None]) -> None:
+    if not supervisor.cancelled() and (error := supervisor.exception()) is not None:
+        logger.error("kvcache: no publisher can be run, so nobody learns what this replica holds", exc_info=error)
 
 
 def _frontend_kwargs(llm_config: Any) -> dict[str, Any]:
