@@ -24,6 +24,7 @@ from typing import Any, Final
 from tokenizers import Tokenizer
 
 from serve_app.blocks import split_keys
+from serve_app.demo import QUESTIONS
 from serve_app.prompts.encoder import PromptEncoder
 from serve_app.prompts.prefix_store import PrefixStore
 from serve_app.types import EngineSpec, ModelId
@@ -34,16 +35,6 @@ ANSWER_TOKENS: Final = 24
 _CHARS_PER_TOKEN: Final = 8  # more than any text here has
 _SEED: Final = 7
 
-_QUESTIONS: Final = (
-    "What is this text about?",
-    "Which terms does it define?",
-    "Give one example from it.",
-    "What does it say about errors?",
-    "What should a beginner remember?",
-    "Which part is the most important?",
-    "What is left open?",
-    "Sum it up in one sentence.",
-)
 _ANSWER: Final = (
     "It explains how this part of the language works, which rules apply to it, and what to look out for. ({})"
 )
@@ -181,9 +172,9 @@ def _talk(document: str, turn: int) -> list[dict[str, str]]:
     """Messages of the request that asks question `turn`."""
     messages = [{"role": "system", "content": document}]
     for i in range(turn):
-        messages.append({"role": "user", "content": _QUESTIONS[i % len(_QUESTIONS)]})
+        messages.append({"role": "user", "content": QUESTIONS[i % len(QUESTIONS)]})
         messages.append({"role": "assistant", "content": _ANSWER.format(i + 1)})
-    return [*messages, {"role": "user", "content": _QUESTIONS[turn % len(_QUESTIONS)]}]
+    return [*messages, {"role": "user", "content": QUESTIONS[turn % len(QUESTIONS)]}]
 
 
 def _zipf(size: Size, documents: list[str]) -> Scenario:
@@ -195,7 +186,7 @@ def _zipf(size: Size, documents: list[str]) -> Scenario:
     for _ in range(size.zipf_chains):
         asks = []
         for number in draw.choices(range(len(documents)), weights, k=size.zipf_asks):
-            question = {"role": "user", "content": _QUESTIONS[asked[number] % len(_QUESTIONS)]}
+            question = {"role": "user", "content": QUESTIONS[asked[number] % len(QUESTIONS)]}
             asks.append(Ask(number, asked[number], [{"role": "system", "content": documents[number]}, question]))
             asked[number] += 1
         chains.append(Chain(asks))
