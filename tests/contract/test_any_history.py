@@ -67,7 +67,8 @@ class Engine:
             yield BlockRemoved([name], tier.upper())
 
     def clear(self) -> Iterator[Event]:
-        self.blocks.clear()
+        """vLLM resets the prefix cache of its GPU; what was offloaded can still be loaded."""
+        self.blocks = [block for block in self.blocks if block[0] != GPU]
         yield AllBlocksCleared()
 
     def held(self) -> set[tuple[Tier, BlockKey]]:
