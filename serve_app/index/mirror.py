@@ -29,7 +29,6 @@ from serve_app.index.keyspace import (
     HeartbeatRecord,
     Keyspace,
     LogRecord,
-    SeqRecord,
     decode_domain,
     decode_heartbeat,
     decode_log,
@@ -240,7 +239,7 @@ class Mirror:
             for tier in record.tiers:
                 for keys in self._scan(self._keys.blocks(domain.id, domain.epoch, Tier(tier))):
                     index.add(domain.id, domain.epoch, Tier(tier), keys)
-        self._seq = {DomainId(raw_id.decode()): _seq(decode_seq(raw)) for raw_id, raw in seqs.items()}
+        self._seq = _seqs(seqs)
         self._check_leases(index)
         self._index = index
         self._position = position
@@ -296,8 +295,10 @@ class Mirror:
     def _expect(self, domain: DomainId, record: LogRecord) -> None:
         """Entries of an epoch are numbered without gaps, from its join on; the load has said where we are."""
         last, now = self._seq.get(domain), (Epoch(record.epoch), record.seq)
-        if last is None or record.op == "join":
+        if record.op == "join":
             self._seq[domain] = now
+        elif last is None:
+            raise _LogGapError(f"{domain}: its join is missing before {now} (epoch, number)")
         elif now[0] > last[0] or (now[0] == last[0] and now[1] > last[1] + 1):
             raise _LogGapError(f"{domain}: entries between {last} and {now} (epoch, number) are missing")
         else:
@@ -336,12 +337,21 @@ class Mirror:
                 self._note_load(domain.id, heartbeat.in_flight)
 
     def _check_log(self) -> None:
-        """The entry that was applied last is still there: it is the log that we read, and nothing after it is gone."""
+        """It is the log that we read, nothing after the entry applied last is gone, and it holds all that was written.
+
+        The last shows when nothing is unread: entries may have been trimmed before the first was read, or may, after
+        Redis lost its data, have the ids of ones that were applied.
+        """
         position = self._position or _LOG_START
-        if position == _LOG_START:
-            return
-        if not self._redis.xrevrange(self._keys.log, position, position, count=1):
+        with self._redis.pipeline(transaction=True) as pipeline:
+            pipeline.xrevrange(self._keys.log, position, position, count=1)
+            pipeline.xrevrange(self._keys.log, count=1)
+            pipeline.hgetall(self._keys.seqs)
+            applied, newest, seqs = pipeline.execute()
+        if position != _LOG_START and not applied:
             raise _LogGapError("it was trimmed past what was read, or Redis lost data")
+        if newest == applied and _seqs(seqs) != self._seq:
+            raise _LogGapError("entries are missing before the last one")
 
     def _bury_dead(self, now_s: float) -> None:
         """Delete what is left of domains that died without a word: only if the lease is still gone."""
@@ -392,5 +402,7 @@ def _entries(answer: Any) -> list[tuple[bytes, dict[bytes, bytes]]]:
     return list(answer[0][1])
 
 
-def _seq(record: SeqRecord) -> tuple[Epoch, int]:
-    return Epoch(record.epoch), record.seq
+def _seqs(raw: dict[bytes, bytes]) -> dict[DomainId, tuple[Epoch, int]]:
+    """Epoch and number of each domain's last log entry."""
+    records = {DomainId(raw_id.decode()): decode_seq(value) for raw_id, value in raw.items()}
+    return {domain: (Epoch(record.epoch), record.seq) for domain, record in records.items()}
