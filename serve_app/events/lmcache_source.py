@@ -29,6 +29,7 @@ from zmq.utils.monitor import recv_monitor_message
 from serve_app.errors import StoreError, WireError
 from serve_app.events.source import Received
 from serve_app.events.wire import Batch, BlockRemoved, BlockStored, Event
+from serve_app.types import EngineHash
 
 logger = logging.getLogger(__name__)
 
@@ -46,6 +47,7 @@ ANSWER_TIMEOUT_S = 5.0
 class _Record(msgspec.Struct, gc=False):
     kind: str  # stored | removed
     block_hashes: list[bytes]
+    medium: str = "CPU"  # and "@" and the request's cache_salt, if it has one: lmcache_module.py
     parent_block_hash: bytes | None = None
     token_ids: list[int] = []
 
@@ -176,19 +178,24 @@ def decode_records(payload: bytes, chunk_size: int) -> Batch:
     events: list[Event] = []
     skipped: Counter[str] = Counter()
     for record in body.events:
+        salt = record.medium.partition("@")[2]
+        # LMCache's hash is the same whatever the salt.
+        names: list[EngineHash] = [chunk_hash + salt.encode() for chunk_hash in record.block_hashes]
+        parent = record.parent_block_hash
         match record.kind:
             case "stored":
                 events.append(
                     BlockStored(
-                        list(record.block_hashes),
-                        record.parent_block_hash,
+                        names,
+                        None if parent is None else parent + salt.encode(),
                         record.token_ids,
                         chunk_size,
                         medium=LMCACHE_MEDIUM,
+                        extra_keys=[(salt,), *[None] * (len(names) - 1)] if salt and parent is None else None,
                     )
                 )
             case "removed":
-                events.append(BlockRemoved(list(record.block_hashes), LMCACHE_MEDIUM))
+                events.append(BlockRemoved(names, LMCACHE_MEDIUM))
             case _:
                 skipped["unknown_type"] += 1
     return Batch(0.0, events, skipped)
