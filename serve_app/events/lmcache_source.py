@@ -11,7 +11,9 @@ Wire format (LMCache 0.5.6, `v1/multiprocess/transport/zmq_impl/mq.py` and `modu
 with the next one for each `[uid, "", "ack"]`. The log keeps the last 32,768 records. An incarnation is one life of it.
 
     cursor 0, batch {incarnation 7, next_cursor 40}, ack, batch {7, 43}, ...
-    lost, or another incarnation      -> what was read before is void: read the log again from its beginning
+    another incarnation  -> what was read before is void: read the log again from its beginning
+    lost                 -> the same, but go on with this batch, which has what follows the loss. (The log itself is
+                            void before the loss: read again, more than a batch of it would end at the same mark.)
 """
 
 from __future__ import annotations
@@ -130,11 +132,13 @@ class LMCacheSource:
             logger.error("the LMCache server keeps no event log (--kv-event-log-size 0, or no observability)")
             return
         first = self._cursor == 0  # a log that is read from its beginning may have been trimmed before
-        if self._incarnation not in (None, header.incarnation) or (header.lost and not first):
+        if self._incarnation not in (None, header.incarnation):
             self.caught_up, self._incarnation = False, None
             self._subscribe(0)
             yield Received(-1, None, restarted=True, lost=int(header.lost))
             return
+        if header.lost and not first:
+            yield Received(-1, None, restarted=True, lost=1)
         self._incarnation = header.incarnation
         self._cursor = header.next_cursor
         self.caught_up = True
