@@ -8,7 +8,10 @@ is started again finds the blocks, and nothing is left of an application that wa
     replica --hold(pod, publisher)--> actor --starts--> lmcache server, publisher (one per model)
     engine  --LMCacheMPConnector----------------------> lmcache server --event stream--> publisher --> Redis
 
-A server that dies is started again on its port, empty; until then its domain is void, and engines do without.
+A server that dies is started again on its port, empty; until then its domain is void, and engines do without. It is not
+started at once: an engine registers its caches again only when its heartbeat has missed the server. A ping sent while
+the server is down waits in the socket, so a server that is back soon answers it, and has then never been away for an
+engine whose stores it refuses.
 """
 
 import asyncio
@@ -41,6 +44,7 @@ _NAMESPACE = "kvcache"
 _LOOPBACK = ("127.0.0.1", "localhost")
 # What vLLM's connector waits for a server that does not answer, and how soon it notices that one is gone, in s.
 _MQ_TIMEOUT_S, _HEARTBEAT_S = 10, 3
+RESTART_AFTER_S = 2 * _HEARTBEAT_S + 1.0  # until the next ping is sent, and until it counts as unanswered
 
 
 class LMCacheNode:
@@ -51,6 +55,7 @@ class LMCacheNode:
         self._settings = settings
         self._node = node
         self._port = port
+        self._start_at_s = time.monotonic() + RESTART_AFTER_S if port else 0.0  # a port that engines know
         self._server: LMCacheProcess | None = None
         self._endpoint = f"tcp://{settings.attach}" if settings.attach else ""
         self._error = ""
@@ -104,6 +109,9 @@ class LMCacheNode:
             return
         if self._server is not None:
             logger.error("lmcache: the server ended with %s; starting it again", self._server.process.returncode)
+            self._server, self._start_at_s = None, time.monotonic() + RESTART_AFTER_S
+        if time.monotonic() < self._start_at_s:
+            return
         try:
             self._server = LMCacheProcess(
                 size_gb=settings.size_gb,

@@ -6,20 +6,26 @@ CUDA and NPU), and forgets to where the engine does (`engine_driven`, CPU and al
 same MP_TOKENS event there: for each chunk of a store, before the write is finished, its hash, its tokens and the hash
 before it.
 
-And the stream has no `cache_salt`: a salted chunk looks like the unsalted one, which nobody may have. So for chunks of
-salted requests no tokens are told on either way, and the index does not hear of them.
+And the stream has no `cache_salt`: a chunk of a salted request looks like the unsalted one with the same tokens, though
+the server keeps both, and gives each only to its own. So the salt is added to what a record says of its medium:
+
+    stored in CPU, hash h      of a request without a salt
+    stored in CPU@alice, h     of one with `cache_salt: alice`  ("@" is in no salt: LMCache forbids it)
+
+LMCache's engines repeat only what is in `CPU`, so salted chunks are on nobody else's stream.
 
 It runs in LMCache's process and imports nothing else of ours.
 """
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 from lmcache.logging import init_logger
 from lmcache.v1.mp_observability.event import Event, EventType
 from lmcache.v1.multiprocess.modules.engine_driven_transfer import EngineDrivenTransferModule
-from lmcache.v1.multiprocess.modules.lmcache_driven_transfer import LMCacheDrivenTransferModule
+from lmcache.v1.multiprocess.modules.kv_events import KVEventModule
 from lmcache.v1.multiprocess.token_hasher import TokenHasher
 
 logger = init_logger(__name__)
@@ -30,8 +36,8 @@ def build_server_modules(build: Any) -> None:
     for module in build.modules:
         if isinstance(module, EngineDrivenTransferModule):
             _complete(module, build.server_context)
-        elif isinstance(module, LMCacheDrivenTransferModule):
-            _leave_out_salted(module)
+        elif isinstance(module, KVEventModule):
+            tell_salts(module, build.server_context.event_bus)
 
 
 def _complete(module: Any, context: Any) -> None:
@@ -46,18 +52,34 @@ def _complete(module: Any, context: Any) -> None:
     logger.info("engine-driven stores carry their token ids on the KV event stream")
 
 
-def _leave_out_salted(module: Any) -> None:
-    publish = module._publish_token_bindings
+def tell_salts(module: Any, event_bus: Any) -> None:
+    """Have records of the stream made for one salt at a time, and the salt added to their medium."""
+    record, append = module._record_kv_event, module._append_kv_event
+    salt = ""  # of the records that are made now; there is one thread for it, the bus'
 
-    def publish_unsalted(key: Any, object_keys: list[Any]) -> None:
-        if not key.cache_salt:
-            publish(key, object_keys)
+    def record_by_salt(event: Event) -> None:
+        nonlocal salt
+        by_salt: dict[str, list[Any]] = {}
+        for key in event.metadata["keys"]:
+            by_salt.setdefault(key.cache_salt, []).append(key)
+        for salt, keys in by_salt.items():  # noqa: B007  # append_with_salt reads it
+            record(replace(event, metadata={**event.metadata, "keys": keys}))
+        salt = ""
 
-    module._publish_token_bindings = publish_unsalted
+    def append_with_salt(*arguments: Any) -> None:
+        with module._kv_event_lock:  # nobody reads the record before it is whole
+            append(*arguments)
+            if salt:
+                module._kv_event_log[-1].medium += f"@{salt}"
+
+    module._append_kv_event = append_with_salt
+    for event_type, subscribers in event_bus._subscribers.items():
+        if record in subscribers and event_type is not EventType.MP_TOKENS:
+            subscribers[subscribers.index(record)] = record_by_salt
 
 
 def _tell_tokens(context: Any, key: Any, object_keys: list[Any]) -> None:
-    if key.worker_id != 0 or key.cache_salt or not object_keys:  # tokens are the same for every rank
+    if key.worker_id != 0 or not object_keys:  # tokens are the same for every rank
         return
     size, start = context.chunk_size, key.start
     hashes = [object_key.chunk_hash for object_key in object_keys]

@@ -11,7 +11,9 @@ Wire format (LMCache 0.5.6, `v1/multiprocess/transport/zmq_impl/mq.py` and `modu
 with the next one for each `[uid, "", "ack"]`. The log keeps the last 32,768 records. An incarnation is one life of it.
 
     cursor 0, batch {incarnation 7, next_cursor 40}, ack, batch {7, 43}, ...
-    lost, or another incarnation      -> what was read before is void: read the log again from its beginning
+    another incarnation  -> what was read before is void: read the log again from its beginning
+    lost                 -> the same, but go on with this batch, which has what follows the loss. (The log itself is
+                            void before the loss: read again, more than a batch of it would end at the same mark.)
 """
 
 from __future__ import annotations
@@ -29,6 +31,7 @@ from zmq.utils.monitor import recv_monitor_message
 from serve_app.errors import StoreError, WireError
 from serve_app.events.source import Received
 from serve_app.events.wire import Batch, BlockRemoved, BlockStored, Event
+from serve_app.types import EngineHash
 
 logger = logging.getLogger(__name__)
 
@@ -46,6 +49,7 @@ ANSWER_TIMEOUT_S = 5.0
 class _Record(msgspec.Struct, gc=False):
     kind: str  # stored | removed
     block_hashes: list[bytes]
+    medium: str = "CPU"  # and "@" and the request's cache_salt, if it has one: lmcache_module.py
     parent_block_hash: bytes | None = None
     token_ids: list[int] = []
 
@@ -128,11 +132,13 @@ class LMCacheSource:
             logger.error("the LMCache server keeps no event log (--kv-event-log-size 0, or no observability)")
             return
         first = self._cursor == 0  # a log that is read from its beginning may have been trimmed before
-        if self._incarnation not in (None, header.incarnation) or (header.lost and not first):
+        if self._incarnation not in (None, header.incarnation):
             self.caught_up, self._incarnation = False, None
             self._subscribe(0)
             yield Received(-1, None, restarted=True, lost=int(header.lost))
             return
+        if header.lost and not first:
+            yield Received(-1, None, restarted=True, lost=1)
         self._incarnation = header.incarnation
         self._cursor = header.next_cursor
         self.caught_up = True
@@ -176,19 +182,24 @@ def decode_records(payload: bytes, chunk_size: int) -> Batch:
     events: list[Event] = []
     skipped: Counter[str] = Counter()
     for record in body.events:
+        salt = record.medium.partition("@")[2]
+        # LMCache's hash is the same whatever the salt.
+        names: list[EngineHash] = [chunk_hash + salt.encode() for chunk_hash in record.block_hashes]
+        parent = record.parent_block_hash
         match record.kind:
             case "stored":
                 events.append(
                     BlockStored(
-                        list(record.block_hashes),
-                        record.parent_block_hash,
+                        names,
+                        None if parent is None else parent + salt.encode(),
                         record.token_ids,
                         chunk_size,
                         medium=LMCACHE_MEDIUM,
+                        extra_keys=[(salt,), *[None] * (len(names) - 1)] if salt and parent is None else None,
                     )
                 )
             case "removed":
-                events.append(BlockRemoved(list(record.block_hashes), LMCACHE_MEDIUM))
+                events.append(BlockRemoved(names, LMCACHE_MEDIUM))
             case _:
                 skipped["unknown_type"] += 1
     return Batch(0.0, events, skipped)

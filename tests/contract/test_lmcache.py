@@ -66,10 +66,10 @@ class Engine:
         self._client.commit_store(key, 7, pickle.dumps(chunks)).result(timeout=10)
         self._client.end_session(key.request_id).result(timeout=10)
 
-    def can_load(self, tokens: range) -> int:
+    def can_load(self, tokens: range, salt: str = "") -> int:
         """Tokens of the prompt that the server would give an engine."""
         end = len(tokens) // CHUNK * CHUNK
-        key = self._key(tokens, 0, end, worker=None)
+        key = self._key(tokens, 0, end, worker=None, salt=salt)
         self._client.lookup(key, 1).result(timeout=10)
         found: int = self._client.wait_prefetch_status(key.request_id, 10.0).result(timeout=20)
         self._client.free_lookup_locks(key, 1).result(timeout=10)
@@ -156,12 +156,12 @@ def mirror(redis_url: str) -> Iterator[Mirror]:
     writer.close()
 
 
-def prompt(tokens: range) -> bytes:
-    return block_keys(pack_tokens(tokens), BLOCK, namespace_key(MODEL, BLOCK))
+def prompt(tokens: range, salt: str = "") -> bytes:
+    return block_keys(pack_tokens(tokens), BLOCK, namespace_key(MODEL, BLOCK, None, salt or None))
 
 
-def matched(mirror: Mirror, tokens: range) -> dict[Tier, int]:
-    return dict(mirror.match(prompt(tokens), [POD])[POD].tokens)
+def matched(mirror: Mirror, tokens: range, salt: str = "") -> dict[Tier, int]:
+    return dict(mirror.match(prompt(tokens, salt), [POD])[POD].tokens)
 
 
 def node_epoch(mirror: Mirror) -> int:
@@ -187,14 +187,40 @@ def test_stores_of_any_engine_count_for_the_attached_pod(
     eventually(lambda: matched(mirror, range(200)) == {GPU: 16, LMCACHE: 176})
 
 
-def test_what_a_salted_request_stored_is_nobody_elses(
+def test_what_a_salted_request_stored_is_its_salts_and_nobody_elses(
     engine: Engine, publisher: PublisherProcess, mirror: Mirror
 ) -> None:
-    engine.store(range(50_000, 50_200), salt="tenant")
-    engine.store(range(60_000, 60_200))
-    eventually(lambda: matched(mirror, range(60_000, 60_200)) == {LMCACHE: 192}, 15)
-    assert matched(mirror, range(50_000, 50_200)) == {}
-    assert engine.can_load(range(50_000, 50_200)) == 0
+    tokens = range(50_000, 50_330)
+    engine.store(tokens[:200], salt="tenant")
+    engine.store(tokens, start=192, salt="tenant")  # goes on where the first store ended
+    eventually(lambda: matched(mirror, tokens, "tenant") == {LMCACHE: 320}, 15)
+    for other in ("", "other"):
+        assert matched(mirror, tokens, other) == {}
+        assert engine.can_load(tokens, other) == 0
+    assert engine.can_load(tokens, "tenant") == 320
+
+
+def test_each_salt_has_its_own_chunks_of_the_same_tokens(
+    engine: Engine, publisher: PublisherProcess, mirror: Mirror
+) -> None:
+    """They have the same hash in LMCache, and are stored and evicted one by one."""
+    salts = ("", "tenant", "other", "last")
+    first, *others = [range(start, start + 4 * CHUNK) for start in range(70_000, 76_000, 1000)]
+    for salt in salts:
+        engine.store(first, salt=salt)
+    eventually(lambda: all(matched(mirror, first, salt) == {LMCACHE: 4 * CHUNK} for salt in salts), 15)
+    for tokens in others:  # twice what the server holds
+        for salt in salts:
+            engine.store(tokens, salt=salt)
+
+    def agree() -> bool:
+        asked = [(tokens, salt) for tokens in (first, *others) for salt in salts]
+        loadable = [engine.can_load(tokens, salt) for tokens, salt in asked]
+        assert 0 in loadable
+        assert max(loadable) == 4 * CHUNK
+        return [matched(mirror, tokens, salt).get(LMCACHE, 0) for tokens, salt in asked] == loadable
+
+    eventually(agree, 30)
 
 
 def test_what_an_attached_engine_repeats_of_its_server_is_left_out(redis_url: str, tmp_path: Path) -> None:
@@ -245,7 +271,7 @@ def test_evictions_leave_the_index(engine: Engine, publisher: PublisherProcess, 
         assert max(loadable) == 4 * CHUNK
         return [matched(mirror, tokens).get(LMCACHE, 0) for tokens in prompts] == loadable
 
-    eventually(agree, 10)
+    eventually(agree, 30)
 
 
 def test_a_publisher_that_starts_late_reads_the_log(

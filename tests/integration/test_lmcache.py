@@ -176,7 +176,7 @@ def test_a_killed_server_is_void_and_comes_back(stack: Stack) -> None:
     tokens, cached = stack.b.ask(text)  # requests go on being served
     assert (tokens > 0, cached) == (True, 0)
 
-    eventually(lambda: any(domain["live"] and domain["epoch"] > epoch for domain in stack.shared()), 60)
+    eventually(lambda: any(domain["live"] and domain["epoch"] > epoch for domain in stack.shared()), 120)
     assert len(stack.servers()) == 1
 
     def stored_again() -> bool:
@@ -186,4 +186,4 @@ def test_a_killed_server_is_void_and_comes_back(stack: Stack) -> None:
         time.sleep(1)
         return stack.matched(again)[stack.b.name].get("lmcache", 0) > 0
 
-    eventually(stored_again, 60)
+    eventually(stored_again, 120)

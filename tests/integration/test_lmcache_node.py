@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,7 @@ import pytest
 import ray
 
 from serve_app.config import LMCacheSettings
-from serve_app.deployments.lmcache import LMCacheAttachment
+from serve_app.deployments.lmcache import _HEARTBEAT_S, LMCacheAttachment
 from serve_app.errors import ConfigError, StoreError
 from serve_app.events.lmcache_server import LMCacheProcess
 from serve_app.events.lmcache_source import chunk_size_of
@@ -71,6 +72,16 @@ async def test_the_life_of_a_server() -> None:
     holding = asyncio.create_task(first.hold())
     ray.kill(first._actor())
     await asyncio.to_thread(eventually, lambda: not servers(first), 15)
+    await asyncio.to_thread(eventually, lambda: len(servers(first)) == 1 and answers(port), 60)
+
+    # The server dies: it is back on its port, but only when every engine's heartbeat must have missed it.
+    (server,) = servers(first)
+    server.kill()
+    killed_s = time.monotonic()
+    await asyncio.to_thread(eventually, lambda: not servers(first))
+    while time.monotonic() < killed_s + 2 * _HEARTBEAT_S:
+        assert servers(first) == []
+        await asyncio.sleep(0.1)
     await asyncio.to_thread(eventually, lambda: len(servers(first)) == 1 and answers(port), 60)
 
     # Nobody is left: it ends.
