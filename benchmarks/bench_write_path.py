@@ -6,7 +6,7 @@ In: nothing but the package; it starts a Valkey of its own. Out: benchmarks/resu
   one core, Valkey on the other. `store` only stores, `churn` also removes as many blocks, one event each, as a full
   engine does; there a block stored and one removed count as two. `cpu` is per second of this process' CPU time: on a
   machine that others use too, the wall clock shows their share.
-- latency: an engine's ZMQ socket stores 10,000, 30,000 or 100,000 blocks/s and from the warm-up on removes as many, as a
+- latency: an engine's ZMQ socket stores 10,000, 30,000 or 100,000 blocks/s and after the warm-up removes as many, as a
   full engine does (a replica on an H100 computes some 1,000 blocks/s); the publisher is its usual process, a mirror
   follows. From before the send until a reader of the mirror finds the block, in ms and in round trips to Redis (PING,
   at the same time). The reader looks every 0.1 ms or so, which is in it. `..._cores`: CPU time of each process per

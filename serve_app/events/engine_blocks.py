@@ -41,7 +41,7 @@ from typing import Any, Final
 import msgspec
 
 from serve_app.blocks import KEY_BYTES, block_keys, namespace_key, pack_tokens, split_keys
-from serve_app.events.wire import AllBlocksCleared, BlockRemoved, BlockStored, Event
+from serve_app.events.wire import BlockRemoved, BlockStored, Event
 from serve_app.types import GPU, BlockKey, BlockKeys, EngineHash, ModelId, Tier
 
 _NEW: Final = object()
