@@ -6,8 +6,11 @@ In: nothing but the package; it starts a Valkey of its own. Out: benchmarks/resu
   one core, Valkey on the other. `store` only stores, `churn` also removes as many blocks, one event each, as a full
   engine does; there a block stored and one removed count as two. `cpu` is per second of this process' CPU time: on a
   machine that others use too, the wall clock shows their share.
-- latency: an engine's ZMQ socket sends 100,000 blocks/s, the publisher is its usual process, a mirror follows. From
-  before the send until a reader of the mirror finds the block, in round trips to Redis (PING, at the same time).
+- latency: an engine's ZMQ socket stores 10,000, 30,000 or 100,000 blocks/s and after the warm-up removes as many, as a
+  full engine does (a replica on an H100 computes some 1,000 blocks/s); the publisher is its usual process, a mirror
+  follows. From before the send until a reader of the mirror finds the block, in ms and in round trips to Redis (PING,
+  at the same time). The reader looks every 0.1 ms or so, which is in it. `..._cores`: CPU time of each process per
+  second; engine, publisher, Valkey, mirror and reader share the machine.
 - mirror: log -> index, and a new mirror that loads 8 replicas' sets.
 - memory: growth of RSS per block, in a process of its own.
 
@@ -53,8 +56,8 @@ BLOCK_SIZE = 16
 BATCH_BLOCKS = 32  # stored by one batch
 FLUSH_BATCHES = 200
 REPLICAS = 8
-RATE = 100_000  # blocks/s of the latency measurement
-PROBE_EVERY = 16  # batches
+RATES = (10_000, 30_000, 100_000)  # blocks/s of the latency measurements
+PROBE_PERIOD_S = 0.005
 WARM_UP_S = 1.0
 PUBLISH_GOAL, LATENCY_GOAL, LOAD_GOAL_S = 300_000, 10, 3.0
 ROOT_KEY = namespace_key(MODEL, BLOCK_SIZE)
@@ -155,10 +158,15 @@ def bench_mirror(url: str, blocks: int) -> dict[str, float]:
     return {"follow_blocks_per_s": total / followed, "load_s": loaded}
 
 
-def send_events(folder: Path, seconds: float) -> None:
-    """An engine's socket, at RATE. Prints as JSON when each probe was sent (monotonic)."""
-    count = int(seconds * RATE / BATCH_BLOCKS)
-    batches = [encoded(i, i - 2000 if i >= 2000 else None) for i in range(count)]
+def probe_every(rate: int) -> int:
+    """Batches."""
+    return max(1, round(PROBE_PERIOD_S * rate / BATCH_BLOCKS))
+
+
+def send_events(folder: Path, seconds: float, rate: int) -> None:
+    """An engine's socket. Prints as JSON when each probe was sent (monotonic)."""
+    count, capacity = int(seconds * rate / BATCH_BLOCKS), int(WARM_UP_S * rate / BATCH_BLOCKS)  # batches
+    batches = [encoded(i, i - capacity if i >= capacity else None) for i in range(count)]
     socket = zmq.Context.instance().socket(zmq.PUB)
     socket.set_hwm(100_000)
     socket.bind(f"ipc://{folder}/events")
@@ -167,19 +175,27 @@ def send_events(folder: Path, seconds: float) -> None:
     sent: dict[int, float] = {}
     started = time.monotonic()
     for i, batch in enumerate(batches):
-        if (early := started + i * BATCH_BLOCKS / RATE - time.monotonic()) > 0:
+        if (early := started + i * BATCH_BLOCKS / rate - time.monotonic()) > 0:
             time.sleep(early)
-        if i % PROBE_EVERY == 0:
+        if i % probe_every(rate) == 0:
             sent[i] = time.monotonic()
         socket.send_multipart((b"", i.to_bytes(8, "big"), batch))
     print(json.dumps({"sent": sent, "took_s": time.monotonic() - started}), flush=True)
     sys.stdin.readline()
 
 
-def bench_latency(url: str, seconds: float) -> dict[str, float]:
+def cpu_s(pid: int) -> float:
+    """User and system time that a process has used."""
+    fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+
+
+def bench_latency(url: str, seconds: float, rate: int) -> dict[str, float]:
     with tempfile.TemporaryDirectory() as name:
         pipe: dict[str, Any] = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
-        sender = subprocess.Popen([sys.executable, __file__, "--send", name, "--seconds", str(seconds)], **pipe)
+        sender = subprocess.Popen(
+            [sys.executable, __file__, "--send", name, "--seconds", str(seconds), "--rate", str(rate)], **pipe
+        )
         assert sender.stdin
         assert sender.stdout
         assert sender.stdout.readline() == "ready\n"
@@ -198,9 +214,16 @@ def bench_latency(url: str, seconds: float) -> dict[str, float]:
         mirror.start()
         while mirror.pods() != [POD]:
             time.sleep(0.01)
-        probes = range(0, int(seconds * RATE / BATCH_BLOCKS), PROBE_EVERY)
+        probes = range(0, int(seconds * rate / BATCH_BLOCKS), probe_every(rate))
         keys = [last_key(i) for i in probes]
-        client = redis.Redis.from_url(url)
+        client: Any = redis.Redis.from_url(url)
+        processes = {
+            "engine": sender.pid,
+            "publisher": publisher.pid,
+            "valkey": client.info("server")["process_id"],
+            "mirror": os.getpid(),
+        }
+        used_s = {who: cpu_s(pid) for who, pid in processes.items()}
         seen: dict[int, float] = {}
         round_trips: list[float] = []
         sender.stdin.write("go\n")
@@ -214,6 +237,7 @@ def bench_latency(url: str, seconds: float) -> dict[str, float]:
             client.ping()
             round_trips.append(time.perf_counter() - started)
         report = json.loads(sender.stdout.readline())
+        cores = {f"{who}_cores": (cpu_s(pid) - used_s[who]) / report["took_s"] for who, pid in processes.items()}
         sender.stdin.close()
         sender.wait(10)
         publisher.stdin.close()
@@ -232,8 +256,9 @@ def bench_latency(url: str, seconds: float) -> dict[str, float]:
         "round_trip_p99_ms": sorted(round_trips)[len(round_trips) * 99 // 100] * 1e3,
         "p50_round_trips": p50 / round_trip,
         "p99_round_trips": p99 / round_trip,
-        "sent_blocks_per_s": seconds * RATE / report["took_s"],
+        "sent_blocks_per_s": seconds * rate / report["took_s"],
         "probes": len(waits),
+        **cores,
     }
 
 
@@ -258,6 +283,11 @@ def medians(runs: list[dict[str, float]]) -> dict[str, Any]:
     return {**middle, "runs": [{name: round(value, 3) for name, value in run.items()} for run in runs]}
 
 
+def without_runs(value: Any) -> Any:
+    """The medians only."""
+    return {k: without_runs(v) for k, v in value.items() if k != "runs"} if isinstance(value, dict) else value
+
+
 def start_on_last_core() -> ValkeyServer:
     """A Valkey on the machine's last core, this process on its first."""
     cores = sorted(os.sched_getaffinity(0))
@@ -277,17 +307,19 @@ def main() -> None:
     )
     parser.add_argument("--send", type=Path, help=argparse.SUPPRESS)
     parser.add_argument("--seconds", type=float, default=4.0, help="length of one latency measurement")
+    parser.add_argument("--rate", type=int, help=argparse.SUPPRESS)
     parser.add_argument("--memory", type=int, help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.send:
-        send_events(args.send, args.seconds)
+        send_events(args.send, args.seconds, args.rate)
         return
     if args.memory:
         print(measure_memory(args.memory))
         return
     blocks, repeats = (100_000, 1) if args.quick else (1_000_000, args.repeats)
     load_at_start = os.getloadavg()[0]
-    runs: dict[str, list[dict[str, float]]] = {"store": [], "churn": [], "mirror": [], "latency": []}
+    runs: dict[str, list[dict[str, float]]] = {name: [] for name in ("store", "churn", "mirror")}
+    latency: dict[int, list[dict[str, float]]] = {rate: [] for rate in RATES}
     everywhere = os.sched_getaffinity(0)
     server = start_on_last_core()
     url = f"redis://{server.host}:{server.port}"
@@ -298,7 +330,8 @@ def main() -> None:
         runs["mirror"].append(bench_mirror(url, blocks))
         first_core = os.sched_getaffinity(0)
         os.sched_setaffinity(0, everywhere)  # engine, publisher and mirror go where there is room
-        runs["latency"].append(bench_latency(url, args.seconds))
+        for rate in RATES:
+            latency[rate].append(bench_latency(url, args.seconds, rate))
         os.sched_setaffinity(0, first_core)
     server.stop()
     memory = subprocess.run(
@@ -314,17 +347,20 @@ def main() -> None:
         "block_size": BLOCK_SIZE,
         "blocks_per_batch": BATCH_BLOCKS,
         **{name: medians(some) for name, some in runs.items()},
+        "latency": {str(rate): medians(some) for rate, some in latency.items()},
         "publisher_bytes_per_block": round(float(memory.stdout), 1),
     }
     report["goals"] = {
         f"publish >= {PUBLISH_GOAL} blocks/s": report["store"]["wall"] >= PUBLISH_GOAL,
-        f"p99 <= {LATENCY_GOAL} round trips at {RATE} blocks/s": report["latency"]["p99_round_trips"] <= LATENCY_GOAL,
+        **{
+            f"p99 <= {LATENCY_GOAL} round trips at {rate} blocks/s": some["p99_round_trips"] <= LATENCY_GOAL
+            for rate, some in report["latency"].items()
+        },
         f"{blocks} blocks of {REPLICAS} replicas loaded <= {LOAD_GOAL_S} s": report["mirror"]["load_s"] <= LOAD_GOAL_S,
     }
     args.output.parent.mkdir(parents=True, exist_ok=True)
     args.output.write_text(json.dumps(report, indent=2) + "\n")
-    short = {k: {n: x for n, x in v.items() if n != "runs"} if isinstance(v, dict) else v for k, v in report.items()}
-    print(json.dumps(short, indent=2))
+    print(json.dumps(without_runs(report), indent=2))
     print(f"written: {args.output}")
 
 

@@ -41,7 +41,7 @@ from typing import Any, Final
 import msgspec
 
 from serve_app.blocks import KEY_BYTES, block_keys, namespace_key, pack_tokens, split_keys
-from serve_app.events.wire import AllBlocksCleared, BlockRemoved, BlockStored, Event
+from serve_app.events.wire import BlockRemoved, BlockStored, Event
 from serve_app.types import GPU, BlockKey, BlockKeys, EngineHash, ModelId, Tier
 
 _NEW: Final = object()
@@ -94,14 +94,17 @@ class EngineBlocks:
     def apply(self, events: Iterable[Event]) -> list[Change]:
         """Apply events in order; what cannot be understood is skipped and counted in `skipped`."""
         changes: list[Change] = []
+        removals: list[BlockRemoved] = []  # consecutive ones: a full engine says so for each block by itself
         for event in events:
-            match event:
-                case BlockStored():
-                    changes.extend(self._stored(event))
-                case BlockRemoved():
-                    changes.extend(self._removed(event))
-                case AllBlocksCleared():
-                    changes.extend(self._cleared())
+            if isinstance(event, BlockRemoved):
+                removals.append(event)
+                continue
+            if removals:
+                changes.extend(self._removed(removals))
+                removals = []
+            changes.extend(self._stored(event) if isinstance(event, BlockStored) else self._cleared())
+        if removals:
+            changes.extend(self._removed(removals))
         if self.degraded and self.capacity:
             changes.extend(self._reconcile())
         return changes
@@ -165,54 +168,58 @@ class EngineBlocks:
         tier = _tier(event.medium)
         held = self._held.setdefault(tier, {})
         old = self._old.get(tier, {})
-        bytes_per_hash = event.block_size // self.block_size * KEY_BYTES
         added: list[BlockKey] = []
         before = event.parent_block_hash
         if tier == GPU:
             self._stored_since += len(event.block_hashes)
             if before is not None and (parent in old or (parent not in held and not self._holds(parent))):
                 added = self._confirm(before, held, old)
-        for i, engine_hash in enumerate(event.block_hashes):
-            own = keys[i * bytes_per_hash : (i + 1) * bytes_per_hash]
-            self._keys_of[engine_hash] = own
-            if before is not None:
-                self._parents[engine_hash] = before
-            before = engine_hash
-            for key in _split(own):
-                copies = held.get(key, 0)
-                held[key] = copies + 1 if self._counted else 1
-                if not copies and old.pop(key, _NEW) is _NEW:
-                    added.append(key)
+        hashes, split = event.block_hashes, split_keys(keys)
+        chain = hashes if before is None else [before, *hashes]
+        self._parents.update(zip(chain[1:], chain, strict=False))
+        per_hash = event.block_size // self.block_size
+        own = split if per_hash == 1 else [b"".join(split[i : i + per_hash]) for i in range(0, len(split), per_hash)]
+        self._keys_of.update(zip(hashes, own, strict=True))
+        for key in split:
+            copies = held.get(key, 0)
+            held[key] = copies + 1 if self._counted else 1
+            if not copies and (not old or old.pop(key, _NEW) is _NEW):
+                added.append(key)
         if added:
             yield Added(tier, b"".join(added))
 
-    def _removed(self, event: BlockRemoved) -> Iterator[Removed]:
-        if event.group_idx:
-            self.skipped["other_cache_group"] += 1
-            return
-        tier = _tier(event.medium)
-        held, old = self._held.get(tier, {}), self._old.get(tier, {})
-        removed: list[BlockKey] = []
-        for engine_hash in event.block_hashes:
-            packed = self._keys_of.get(engine_hash)
-            if packed is None:
-                self.skipped["unknown_block"] += 1
+    def _removed(self, events: Iterable[BlockRemoved]) -> Iterator[Removed]:
+        removed: dict[Tier, list[BlockKey]] = {}
+        for event in events:
+            if event.group_idx:
+                self.skipped["other_cache_group"] += 1
                 continue
-            own = _split(packed)
-            for key in own:
-                copies = held.get(key, 0)
-                if copies > 1:
-                    held[key] = copies - 1
-                elif copies:
-                    del held[key]
-                    removed.append(key)
-                elif old.pop(key, _NEW) is not _NEW:
-                    removed.append(key)
-            if not self._holds(own[-1]):
-                del self._keys_of[engine_hash]
-                self._parents.pop(engine_hash, None)
-        if removed:
-            yield Removed(tier, b"".join(removed))
+            tier = _tier(event.medium)
+            gone = removed.get(tier)
+            if gone is None:
+                gone = removed[tier] = []
+            held, old = self._held.get(tier, {}), self._old.get(tier, {})
+            for engine_hash in event.block_hashes:
+                packed = self._keys_of.get(engine_hash)
+                if packed is None:
+                    self.skipped["unknown_block"] += 1
+                    continue
+                own = _split(packed)
+                for key in own:
+                    copies = held.get(key, 0)
+                    if copies > 1:
+                        held[key] = copies - 1
+                    elif copies:
+                        del held[key]
+                        gone.append(key)
+                    elif old.pop(key, _NEW) is not _NEW:
+                        gone.append(key)
+                if not self._holds(own[-1]):
+                    del self._keys_of[engine_hash]
+                    self._parents.pop(engine_hash, None)
+        for tier, keys in removed.items():
+            if keys:
+                yield Removed(tier, b"".join(keys))
 
     def _forget_unheld(self) -> None:
         """Keep the names of what is held, in whatever tier."""

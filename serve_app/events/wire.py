@@ -8,6 +8,7 @@ other events of its batch are kept.
 
 from __future__ import annotations
 
+import contextlib
 from collections import Counter
 from typing import Any
 
@@ -76,6 +77,12 @@ class _Batch(msgspec.Struct, array_like=True, gc=False):
     data_parallel_rank: int | None = None
 
 
+class _WholeBatch(msgspec.Struct, array_like=True, gc=False):
+    ts: float
+    events: list[Event]
+
+
+_whole_decoder = msgspec.msgpack.Decoder(_WholeBatch)
 _batch_decoder = msgspec.msgpack.Decoder(_Batch)
 _map_decoder = msgspec.msgpack.Decoder(Event)
 _array_decoder = msgspec.msgpack.Decoder(_StoredArray | _RemovedArray | _ClearedArray)
@@ -95,6 +102,9 @@ def decode_batch(payload: bytes) -> Batch:
     Raises:
         WireError: the payload is not a batch at all. (A batch with events that are not understood is no error.)
     """
+    with contextlib.suppress(msgspec.DecodeError):  # all maps, all understood: the usual case
+        whole = _whole_decoder.decode(payload)
+        return Batch(whole.ts, whole.events, Counter())
     try:
         batch = _batch_decoder.decode(payload)
     except msgspec.DecodeError as error:

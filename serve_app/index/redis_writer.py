@@ -1,6 +1,12 @@
 """Publish the changes of domains to Redis: state (sets, domain record, lease) and log entry in one transaction.
 
-Calls are buffered; `flush` sends them all in one MULTI, consecutive changes of one kind merged. When `flush` fails it
+Calls are buffered; `flush` sends them all in one MULTI, what is added and what is removed merged into a command and a
+log entry each: their order only matters where they are about the same block, so there a new run begins.
+
+    add a, remove b, add c, remove d  ->  add a c, remove b d
+    add a, remove a, add c            ->  add a, remove a, add c
+
+When `flush` fails it
 is not known what arrived: the caller joins again under a new epoch, and everything older is void. What Redis lost
 later (a failover, a restart from an older snapshot, a deleted or evicted key) shows at the next heartbeat.
 """
@@ -10,12 +16,13 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from itertools import islice
 from typing import Any
 
 import msgspec
 import redis
 
-from serve_app.blocks import KEY_BYTES, split_keys
+from serve_app.blocks import split_keys
 from serve_app.index.connection import connect
 from serve_app.index.faults import store_error
 from serve_app.index.keyspace import (
@@ -29,7 +36,7 @@ from serve_app.index.keyspace import (
     decode_seq,
     encode,
 )
-from serve_app.types import BlockKeys, Domain, DomainId, Epoch, ModelId, Served, Tier
+from serve_app.types import BlockKey, BlockKeys, Domain, DomainId, Epoch, ModelId, Served, Tier
 
 LEASE_TTL_S = 3.0  # a dead domain is out of every mirror within this and one check of the mirror
 STATE_TTL_S = 600  # block sets that nobody renews go away by themselves
@@ -64,8 +71,9 @@ class RedisWriter:
         self._published: dict[DomainId, _Published] = {}
         self._pipeline = self._redis.pipeline(transaction=True)
         self._set_sizes: Counter[str] = Counter()  # blocks set -> members, by Redis' own answers
-        self._run: tuple[str, DomainId, Tier] | None = None  # kind of change in `_run_keys`
-        self._run_keys: list[BlockKeys] = []
+        self._run: tuple[DomainId, Tier] | None = None  # whose changes are in `_added` and `_removed`
+        self._added: set[BlockKey] = set()  # of the run; none is in both
+        self._removed: set[BlockKey] = set()
 
     # -- IndexWriter, buffered ------------------------------------------------------------------------------------
 
@@ -193,28 +201,34 @@ class RedisWriter:
     def _change(self, op: str, domain: DomainId, epoch: Epoch, tier: Tier, keys: BlockKeys) -> None:
         if self._current(domain, epoch) is None:
             return
-        if self._run != (op, domain, tier):
+        own, other = (self._added, self._removed) if op == "add" else (self._removed, self._added)
+        split = split_keys(keys)
+        if self._run != (domain, tier) or not other.isdisjoint(split):
             self._end_run()
-            self._run = (op, domain, tier)
-        self._run_keys.append(keys)
+            self._run = (domain, tier)
+        own.update(split)
 
     def _end_run(self) -> None:
         """Turn the merged run of changes into commands."""
-        run, keys = self._run, b"".join(self._run_keys)
-        self._run, self._run_keys = None, []
-        if run is None or not keys:
+        run, self._run = self._run, None
+        if run is None:
             return
-        op, domain_id, tier = run
+        domain_id, tier = run
         published = self._published[domain_id]
         name = self._keys.blocks(domain_id, published.domain.epoch, tier)
         if tier not in published.tiers:  # a follower finds the sets to load by the record
             published.tiers.add(tier)
             record = DomainRecord.of(published.domain, tuple(sorted(published.tiers)))
             self._pipeline.hset(self._keys.domains, domain_id, encode(record))
-        for start in range(0, len(keys), _KEYS_PER_COMMAND * KEY_BYTES):
-            some = keys[start : start + _KEYS_PER_COMMAND * KEY_BYTES]
-            (self._pipeline.sadd if op == "add" else self._pipeline.srem)(name, *split_keys(some))
-            self._log(published, op, tier=tier, keys=some)
+        for op, command, keys in (
+            ("add", self._pipeline.sadd, self._added),
+            ("remove", self._pipeline.srem, self._removed),
+        ):
+            left = iter(keys)
+            while some := tuple(islice(left, _KEYS_PER_COMMAND)):
+                command(name, *some)
+                self._log(published, op, tier=tier, keys=b"".join(some))
+            keys.clear()
 
     def _log(
         self,

@@ -386,7 +386,7 @@ def test_what_a_publisher_buffers_while_redis_is_away_is_nothing(tmp_path: Path,
         engine.store(_tokens(number))
     eventually(lambda: publisher._blocks is not None and len(publisher._blocks) == 499, HEAL_S)
     eventually(lambda: publisher._domain is None)
-    assert not publisher._writer._run_keys
+    assert not publisher._writer._added
     assert len(publisher._writer._pipeline) == 0
     stop.set()
     thread.join(20)
