@@ -7,6 +7,7 @@ over the seeds. The simulator is in benchmarks/fleet/, its own checks in tests/u
     benchmarks/bench_fleet.py --quick                                       # under a minute: is it better or worse
     benchmarks/bench_fleet.py --workload llmd-73 --policies ours,longest_prefix --rates 20,60
     benchmarks/bench_fleet.py --event-delay 0.1 --routers 4                 # stale views
+    benchmarks/bench_fleet.py --workload sglang-gsp --merge                 # the file's other workloads stay
 """
 
 from __future__ import annotations
@@ -118,6 +119,17 @@ def names(text: str, known: Sequence[str], what: str) -> list[str]:
     return chosen
 
 
+def kept_workloads(path: Path, parameters: Mapping[str, Any]) -> dict[str, Any]:
+    """The workloads that a file has already; what is merged with them must have been run alike."""
+    if not path.exists():
+        return {}
+    before = json.loads(path.read_text())
+    other = {name for name, value in parameters.items() if before["parameters"].get(name) != value}
+    if other:
+        raise typer.BadParameter(f"{path} was made with another {', '.join(sorted(other))}: not merged")
+    return dict(before["workloads"])
+
+
 def main(
     workload: Annotated[str, typer.Option(help="names, comma separated, or `all`")] = "all",
     policies: Annotated[str, typer.Option(help="names, comma separated")] = DEFAULT_POLICIES,
@@ -135,6 +147,7 @@ def main(
     / "benchmarks/results/fleet.json",
     jobs: Annotated[int, typer.Option(help="processes")] = 2,
     plots: Annotated[bool, typer.Option(help="draw PNG files")] = True,
+    merge: Annotated[bool, typer.Option(help="keep the other workloads that the output file has")] = False,
 ) -> None:
     """Run policies on workloads and compare them."""
     if trace is not None:
@@ -146,6 +159,18 @@ def main(
     chosen = names(policies, list(POLICIES), "policy")
     wanted = tuple(float(rate) for rate in rates.split(",") if rate) or None
     base = SimulationConfig(routers=routers, event_delay_s=event_delay, report_interval_s=report_interval)
+    parameters: dict[str, Any] = {
+        "seeds": 1 if quick else seeds,
+        "quick": quick,
+        "event_delay_s": event_delay,
+        "report_interval_s": report_interval,
+        "routers": routers,
+        "ttft_slo_s": ttft_slo,
+        "cpu_tokens": cpu_tokens,
+        "max_waiting": max_waiting,
+        "python": platform.python_version(),
+    }
+    report = {"parameters": parameters, "workloads": kept_workloads(output, parameters) if merge else {}}
     todo = [
         Job(
             name,
@@ -172,21 +197,6 @@ def main(
             progress.update(task, advance=1, description=done)
             if not console.is_terminal:  # no bar there
                 print(f"{done}: {summary['real_s']:.1f} s", file=sys.stderr, flush=True)
-    report: dict[str, Any] = {
-        "parameters": {
-            "seeds": 1 if quick else seeds,
-            "rates": wanted,
-            "quick": quick,
-            "event_delay_s": event_delay,
-            "report_interval_s": report_interval,
-            "routers": routers,
-            "ttft_slo_s": ttft_slo,
-            "cpu_tokens": cpu_tokens,
-            "max_waiting": max_waiting,
-            "python": platform.python_version(),
-        },
-        "workloads": {},
-    }
     for name in workloads:
         means = {
             policy: mean_of_seeds([results[name, policy][seed] for seed in sorted(results[name, policy])])
@@ -194,6 +204,7 @@ def main(
         }
         report["workloads"][name] = {
             "what": scenario(name).what,
+            "rates": wanted or (QUICK_RATES.get(name) if quick else None),
             "mean": means,
             "seeds": {
                 policy: {seed: scalars(summary["overall"]) for seed, summary in sorted(results[name, policy].items())}

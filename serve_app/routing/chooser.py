@@ -20,8 +20,9 @@ from serve_app.routing.in_flight import InFlight
 from serve_app.routing.learning import PrefillRates
 from serve_app.routing.ledger import Entry, Held, Ledger
 from serve_app.routing.turnover import Turnover
+from serve_app.routing.unseen import Unseen, places
 from serve_app.scoring import Strategy, score_all
-from serve_app.types import BlockKeys, Found, PodId, PodLoad, PodMatch, Routed, Served
+from serve_app.types import BlockKey, BlockKeys, Found, PodId, PodLoad, PodMatch, Routed, Served
 
 SETTLE_S = 0.005  # the ledger is compared with the index at most this often
 
@@ -54,6 +55,7 @@ class Chooser:
         self.ledger = Ledger()
         self.rates = PrefillRates()
         self.turnover = Turnover()
+        self.unseen = Unseen()
         self._held = held
         self._homes = Homes()
         self._turns = Turns()
@@ -117,12 +119,14 @@ class Chooser:
     ) -> Choice:
         costs = self._costs(pods, found, loads, now_s)
         totals = {pod: terms.total_s for pod, (terms, _) in costs.items()}
-        ranked = sorted(pods, key=lambda pod: (totals[pod], turn[pod]))
         prompt_tokens = found.prompt_tokens
         held = {pod: prompt_tokens - compute for pod, (_, compute) in costs.items()}
         most = max(held.values(), default=0)
+        guesses = self._guesses(pods, found, most, now_s)
+        ranked = sorted(pods, key=lambda pod: (totals[pod] + guesses.get(pod, 0.0), turn[pod]))
         home = self._home(found, most)
-        if home in totals and totals[home] <= totals[ranked[0]] + found.block_size * self.rates.s_per_token(home):
+        least = min(totals.values(), default=0.0)
+        if home in totals and totals[home] <= least + found.block_size * self.rates.s_per_token(home):
             ranked.remove(home)
             ranked.insert(0, home)
         if most < found.block_size:
@@ -132,6 +136,16 @@ class Chooser:
             outcome = Outcome.HIT if own >= found.block_size else Outcome.MISS
             reason = "prefix" if own > most - found.block_size else "balance"  # another one holds more, but is busy
         return Choice(ranked, outcome, why or reason, {pod: terms for pod, (terms, _) in costs.items()}, held)
+
+    def _guesses(self, pods: Sequence[PodId], found: Found, held_tokens: int, now_s: float) -> dict[PodId, float]:
+        """Seconds that other routers' unseen requests may add at each pod; drawn by the first block that none holds."""
+        tokens = self.unseen.tokens(now_s)
+        if not tokens or not found.prompts:
+            return {}
+        keys = found.prompts[0].keys
+        start = min(held_tokens // found.block_size * KEY_BYTES, len(keys) - KEY_BYTES)
+        drawn = places(BlockKey(keys[max(start, 0) : max(start, 0) + KEY_BYTES]), pods)
+        return {pod: place * tokens * self.rates.s_per_token(pod) for pod, place in drawn.items()}
 
     def _home(self, found: Found, held_tokens: int) -> PodId | None:
         """Who got the conversation's last request."""
@@ -205,6 +219,7 @@ class Chooser:
         self.ledger.sent(pod, keys, tokens, now_s)
         self._homes.sent(pod, keys)
         self.turnover.add(pod, tokens, now_s)
+        self.unseen.routed(tokens + self.weights.in_flight_tokens, now_s)
 
     def loaded(self, pod: PodId, load: PodLoad) -> None:
         """A pod has said how many requests it has."""
