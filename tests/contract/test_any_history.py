@@ -204,6 +204,7 @@ def test_every_mirror_ends_up_equal_to_the_engines(
     try:
         for event in history:
             world.do(event)
+        eventually(world.settled, 10)  # perhaps by chance, before somebody has noticed the last fault
         eventually(world.settled, 10)
     finally:
         world.close()
