@@ -13,13 +13,10 @@ from __future__ import annotations
 
 import contextlib
 import os
-import random
-import socket
-import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from enum import StrEnum
@@ -32,6 +29,7 @@ import psutil
 from benchmarks.overhead.client import Endpoint
 from benchmarks.overhead.engine_app import MAX_MODEL_LEN, WHERE_PATH
 from benchmarks.overhead.router_venv import RouterInstall
+from benchmarks.processes import answers, free_pair, inherited, process, until
 from serve_app import local_stack
 from serve_app.cli import load_config
 
@@ -40,7 +38,6 @@ MODEL: Final = "smollm2-135m-instruct"
 BLOCK_SIZE: Final = 16  # vLLM's on a GPU
 ENGINES: Final = 2
 REPLICA, UVICORN = "replica", "uvicorn"  # names of baselines: the replica's HTTP server, plain uvicorn
-_QUIET_PORTS: Final = (21_000, 29_000)
 _START_TIMEOUT_S: Final = 180.0
 _QUIET_TIMEOUT_S: Final = 1800.0
 
@@ -74,7 +71,7 @@ class Running:
 @contextmanager
 def start(system: System, model_path: str, router: RouterInstall | None, say: Say) -> Iterator[Running]:
     """Start a system with its engines, and stop all of it at the end."""
-    with tempfile.TemporaryDirectory(prefix="overhead-") as name, _environment(Path(name)):
+    with tempfile.TemporaryDirectory(prefix="overhead-") as name, inherited(_variables(Path(name))):
         folder = Path(name)
         if system.ours:
             with _ours(system, model_path, folder, say) as running:
@@ -86,12 +83,10 @@ def start(system: System, model_path: str, router: RouterInstall | None, say: Sa
                 yield running
 
 
-@contextmanager
-def _environment(folder: Path) -> Iterator[None]:
+def _variables(folder: Path) -> dict[str, str]:
     """What every process of the system inherits. KVCACHE_HOME keeps a server of `kvcache up` out of this."""
-    path = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))
-    ours = {
-        "PYTHONPATH": path,
+    return {
+        "PYTHONPATH": os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH")))),
         "KVCACHE_HOME": str(folder),
         "KVCACHE_OVERHEAD_FOLDER": str(folder),
         "RAYLLM_VLLM_ENGINE_CLS": "benchmarks.overhead.serve_engine.SimulatedEngine",
@@ -99,16 +94,6 @@ def _environment(folder: Path) -> Iterator[None]:
         "OMP_NUM_THREADS": "1",
         "TOKENIZERS_PARALLELISM": "false",
     }
-    before = {name: os.environ.get(name) for name in ours}
-    os.environ.update(ours)
-    try:
-        yield
-    finally:
-        for variable, value in before.items():
-            if value is None:
-                del os.environ[variable]
-            else:
-                os.environ[variable] = value
 
 
 # -- this project -----------------------------------------------------------------------------------------------------
@@ -133,7 +118,7 @@ def _ours(system: System, model_path: str, folder: Path, say: Say) -> Iterator[R
 def _serve_config(system: System, model_path: str) -> dict[str, Any]:
     """A config of the project with the model's path and the engine's block size put in."""
     name = "graph.yaml" if system is System.OURS_GRAPH else "quickstart.yaml"
-    config = load_config(ROOT / "configs" / name, _quiet_port())
+    config = load_config(ROOT / "configs" / name, local_stack.free_port())
     llm = config["applications"][1]["args"]["llm"]
     llm["model_loading_config"] = {"model_id": MODEL, "model_source": model_path}
     llm["engine_kwargs"] = {"block_size": BLOCK_SIZE, "max_model_len": MAX_MODEL_LEN}
@@ -175,71 +160,30 @@ def _wait_until_no_other_ray(say: Say) -> None:
 def _vllm_router(policy: str, router: RouterInstall, model_path: str, folder: Path) -> Iterator[Running]:
     with ExitStack() as stack:
         names = [f"engine-{i}" for i in range(ENGINES)]
-        events = [_quiet_port() for _ in names]
+        events = [free_pair() for _ in names]
         for name, port in zip(names, events, strict=True):
             options = ["--model-path", model_path, "--model", MODEL, "--block-size", str(BLOCK_SIZE)]
             module = [sys.executable, "-m", "benchmarks.overhead.engine_server", str(folder), name]
-            stack.enter_context(_process([*module, *options, "--events-port", str(port)], folder / f"{name}.log"))
-        _until(lambda: len(_ports(folder)) == ENGINES, "the engines")
+            stack.enter_context(process([*module, *options, "--events-port", str(port)], folder / f"{name}.log"))
+        until(lambda: len(_ports(folder)) == ENGINES, "the engines", _START_TIMEOUT_S)
         engines = _ports(folder)
-        _until(lambda: all((folder / f"{name}.learned").exists() for name in names), "the engines' cores")
+        until(
+            lambda: all((folder / f"{name}.learned").exists() for name in names), "the engines' cores", _START_TIMEOUT_S
+        )
 
-        endpoint = Endpoint("127.0.0.1", _quiet_port())
+        endpoint = Endpoint("127.0.0.1", local_stack.free_port())
         command = [str(router.command), "--host", endpoint.host, "--port", str(endpoint.port), "--policy", policy]
-        command += ["--prometheus-port", str(_quiet_port()), "--log-level", "error"]
+        command += ["--prometheus-port", str(local_stack.free_port()), "--log-level", "error"]
         command += ["--worker-urls", *(engines[name].url for name in names)]
         if policy == "kv_aware":
             command += ["--kv-event-model", MODEL, "--kv-event-block-size", str(BLOCK_SIZE)]
             for name, port in zip(names, events, strict=True):
                 command += ["--kv-event-source", f"{engines[name].url}=tcp://127.0.0.1:{port}"]
                 command += ["--kv-event-replay-source", f"{engines[name].url}=tcp://127.0.0.1:{port + 1}"]
-        stack.enter_context(_process(command, folder / "router.log"))
-        _until(lambda: _answers(f"{endpoint.url}/health"), f"vllm-router {policy}")
+        stack.enter_context(process(command, folder / "router.log"))
+        until(lambda: answers(f"{endpoint.url}/health"), f"vllm-router {policy}", _START_TIMEOUT_S)
         yield Running(endpoint, {UVICORN: engines}, folder)
-
-
-@contextmanager
-def _process(command: Sequence[str], log: Path) -> Iterator[None]:
-    with log.open("wb") as output:
-        process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=output, stderr=subprocess.STDOUT)
-    try:
-        yield
-    finally:
-        process.terminate()
-        try:
-            process.wait(10)
-        except subprocess.TimeoutExpired:
-            process.kill()
-            process.wait()
 
 
 def _ports(folder: Path) -> dict[str, Endpoint]:
     return {path.stem: Endpoint("127.0.0.1", int(path.read_text())) for path in sorted(folder.glob("*.port"))}
-
-
-def _quiet_port() -> int:
-    """A port that is free together with the next one, below those that the kernel hands out.
-
-    A port of the kernel's own range can be given to one of Ray's processes before Serve comes to bind it.
-    """
-    while True:
-        port = random.randrange(*_QUIET_PORTS, 2)
-        with contextlib.suppress(OSError), socket.socket() as one, socket.socket() as next_one:
-            one.bind(("127.0.0.1", port))
-            next_one.bind(("127.0.0.1", port + 1))
-            return port
-
-
-def _answers(url: str) -> bool:
-    try:
-        return httpx.get(url, timeout=2).is_success
-    except httpx.HTTPError:
-        return False
-
-
-def _until(check: Callable[[], bool], what: str) -> None:
-    deadline_s = time.monotonic() + _START_TIMEOUT_S
-    while not check():
-        if time.monotonic() > deadline_s:
-            raise TimeoutError(f"{what} did not start")
-        time.sleep(0.2)

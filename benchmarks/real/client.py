@@ -8,7 +8,7 @@ from __future__ import annotations
 import asyncio
 import itertools
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Final
 
@@ -43,7 +43,6 @@ async def send_phase(
     routers: Sequence[str],
     engines: Sequence[str],
     model: str,
-    done: Callable[[], object],
 ) -> list[Answered]:
     """All chains side by side. `routers` take turns; `engines` are asked directly, where a request says so."""
     clients = {url: _client(url) for url in {*routers, *engines}}
@@ -56,7 +55,6 @@ async def send_phase(
         for ask in chain.asks:
             url = next(turn) if ask.engine is None else engines[ask.engine]
             answers.append(await _ask(clients[url], model, phase, ask, began_s))
-            done()
         return answers
 
     try:

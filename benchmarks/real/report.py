@@ -13,7 +13,7 @@ from rich.table import Table
 
 from benchmarks.real.run import Outcome
 
-_COLUMNS = ("system", "mean TTFT", "p50", "p90", "cached", "of oracle", "requests per engine", "failed")
+_COLUMNS = ("system", "mean TTFT", "p50", "p90", "cached", "oracle", "requests per engine", "failed")
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,12 +32,14 @@ class Row:
     requests_per_engine: dict[str, int]
     wall_s: float
     between_s: float
+    took_s: float  # with warming up and emptying the caches, without starting the fleet
     phases: list[dict[str, float]]  # the same figures for each phase
     decisions: dict[str, int]  # outcome/reason -> count, from this project's receipts
+    decided_by: dict[str, int]  # router -> count, likewise
     prediction_error_tokens: float | None  # mean difference of predicted and actual cached tokens
 
 
-def row(outcome: Outcome, oracle: tuple[int, int]) -> Row:
+def row(outcome: Outcome, oracle: tuple[int, int], took_s: float) -> Row:
     routed = [answer for answer in outcome.answers if not answer.direct]
     good = [answer for answer in routed if not answer.error]
     if not good:
@@ -60,8 +62,10 @@ def row(outcome: Outcome, oracle: tuple[int, int]) -> Row:
         requests_per_engine=dict(sorted(engines.items())),
         wall_s=round(outcome.wall_s, 1),
         between_s=round(outcome.between_s, 1),
+        took_s=round(took_s, 1),
         phases=phases,
         decisions=dict(Counter(f"{one['outcome']}/{one['reason']}" for one in outcome.receipts)),
+        decided_by=dict(Counter(one["router"] for one in outcome.receipts)),
         prediction_error_tokens=round(statistics.fmean(errors), 1) if errors else None,
     )
 
@@ -86,26 +90,33 @@ def details(outcome: Outcome) -> dict[str, Any]:
     }
 
 
-def print_report(console: Console, rows: Sequence[Row], titles: dict[str, str]) -> None:
+def print_report(
+    console: Console, rows: Sequence[Row], failures: Sequence[dict[str, str]], titles: dict[str, str]
+) -> None:
     for scenario, title in titles.items():
-        some = [row for row in rows if row.scenario == scenario]
-        if some:
-            table = Table(*_COLUMNS, title=f"{title} (oracle {some[0].oracle_share:.3f})")
-            for each in some:
-                table.add_row(*_cells(each))
+        table = Table(*_COLUMNS, title=title)
+        for cells in _table(scenario, rows, failures):
+            table.add_row(*cells)
+        if table.row_count:
             console.print(table)
 
 
-def markdown(rows: Sequence[Row], titles: dict[str, str]) -> str:
+def markdown(rows: Sequence[Row], failures: Sequence[dict[str, str]], titles: dict[str, str]) -> str:
     lines: list[str] = []
     for scenario, title in titles.items():
-        some = [row for row in rows if row.scenario == scenario]
-        if some:
-            lines += [f"**{title}**, an oracle: {some[0].oracle_share:.3f} cached", ""]
-            lines += [f"| {' | '.join(_COLUMNS)} |", f"|{'---|' * len(_COLUMNS)}"]
-            lines += [f"| {' | '.join(_cells(each))} |" for each in some]
+        if table := _table(scenario, rows, failures):
+            lines += [f"**{title}**", "", f"| {' | '.join(_COLUMNS)} |", f"|{' --- |' * len(_COLUMNS)}"]
+            lines += [f"| {' | '.join(cells)} |" for cells in table]
             lines.append("")
     return "\n".join(lines)
+
+
+def _table(scenario: str, rows: Sequence[Row], failures: Sequence[dict[str, str]]) -> list[tuple[str, ...]]:
+    """What failed is in it, too."""
+    blank = ("-",) * (len(_COLUMNS) - 2)
+    return [_cells(row) for row in rows if row.scenario == scenario] + [
+        (failure["system"], *blank, "not run") for failure in failures if failure["scenario"] == scenario
+    ]
 
 
 def _cells(row: Row) -> tuple[str, ...]:
@@ -113,7 +124,7 @@ def _cells(row: Row) -> tuple[str, ...]:
         row.system,
         *(f"{seconds:.2f} s" for seconds in (row.mean_ttft_s, row.p50_ttft_s, row.p90_ttft_s)),
         f"{row.cached_share:.3f}",
-        f"{row.cached_share / row.oracle_share:.0%}" if row.oracle_share else "-",
+        f"{row.oracle_share:.3f}",
         " / ".join(str(count) for count in row.requests_per_engine.values()),
         str(row.failed),
     )

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Callable
+from collections import defaultdict
 from dataclasses import dataclass, field
 from typing import Any, Final
 
@@ -20,6 +20,7 @@ from benchmarks.real.workload import Between, Scenario
 
 _RESET_TIMEOUT_S: Final = 30.0
 _ROUTER_TIMEOUT_S: Final = 120.0
+_PROBE_WORDS: Final = 30  # two engine blocks or more, and less than a chunk of LMCache
 _WARM_WORDS: Final = 400  # as long as it takes for an engine to run its kernels at the sizes of the documents
 _SETTLE_S: Final = 1.0  # for events on their way: ten times what a publisher takes
 
@@ -34,13 +35,14 @@ class Outcome:
     scenario: Scenario
     answers: list[Answered] = field(default_factory=list)
     receipts: list[dict[str, Any]] = field(default_factory=list)
+    lost: list[int] = field(default_factory=list)  # documents that only the engine held whose cache was reset
     wall_s: float = 0.0  # of the phases, without what happens in between
     between_s: float = 0.0
 
 
-def run_scenario(fleet: Fleet, system: System, scenario: Scenario, done: Callable[[], object]) -> Outcome:
+def run_scenario(fleet: Fleet, system: System, scenario: Scenario) -> Outcome:
     """Raises NotReady, or httpx.HTTPError: the fleet does not do what is needed."""
-    return asyncio.run(_run(fleet, system, scenario, done))
+    return asyncio.run(_run(fleet, system, scenario))
 
 
 async def warm_up(fleet: Fleet) -> None:
@@ -69,7 +71,7 @@ async def router_answers(fleet: Fleet) -> None:
 
 async def reset_engine(engine: Engine) -> None:
     """Empty its prefix cache. What it has just been asked is then no longer cached, or it is not believed."""
-    probe = _prompt(f"probe {engine.name}", 60)
+    probe = _prompt(f"probe {engine.name}", _PROBE_WORDS)
     await say(engine.url, MODEL, probe)
     if (await say(engine.url, MODEL, probe)).cached_tokens == 0:
         raise NotReady(f"{engine.name} does not cache at all")
@@ -85,7 +87,7 @@ async def reset_engine(engine: Engine) -> None:
         (await client.post(f"{engine.url}/reset_prefix_cache")).raise_for_status()  # the probe itself
 
 
-async def _run(fleet: Fleet, system: System, scenario: Scenario, done: Callable[[], object]) -> Outcome:
+async def _run(fleet: Fleet, system: System, scenario: Scenario) -> Outcome:
     outcome = Outcome(system, scenario)
     await warm_up(fleet)
     for engine in fleet.engines:
@@ -95,9 +97,11 @@ async def _run(fleet: Fleet, system: System, scenario: Scenario, done: Callable[
         if i:
             began_s = time.monotonic()
             await _between(fleet, scenario.between)
+            if scenario.between is Between.RESET_ENGINE:
+                outcome.lost = _only_on(fleet.engines[0], outcome.answers)
             outcome.between_s += time.monotonic() - began_s
         began_s = time.monotonic()
-        outcome.answers += await send_phase(i, phase, fleet.urls, [e.url for e in fleet.engines], MODEL, done)
+        outcome.answers += await send_phase(i, phase, fleet.urls, [e.url for e in fleet.engines], MODEL)
         outcome.wall_s += time.monotonic() - began_s
     await asyncio.sleep(_SETTLE_S)
     outcome.receipts = _of_these(fleet.receipts(), outcome.answers)
@@ -110,10 +114,19 @@ async def _between(fleet: Fleet, what: Between) -> None:
             pass
         case Between.RESET_ENGINE:
             await reset_engine(fleet.engines[0])
+            # vLLM tells of a reset with its next step: somebody else's request comes first, as on an engine in use.
+            await say(fleet.engines[0].url, MODEL, _prompt("after the reset", 1))
         case Between.RESTART_ROUTER:
-            await asyncio.to_thread(fleet.restart_router)
+            await asyncio.to_thread(fleet.restart_routers)
             await router_answers(fleet)
     await asyncio.sleep(_SETTLE_S)
+
+
+def _only_on(engine: Engine, answers: list[Answered]) -> list[int]:
+    where: dict[int, set[str]] = defaultdict(set)
+    for answer in answers:
+        where[answer.document].add(answer.engine)
+    return [document for document, engines in where.items() if engines == {engine.name}]
 
 
 def _prompt(name: str, words: int) -> list[dict[str, str]]:

@@ -1,10 +1,11 @@
-"""The systems under test: two real vLLM engines behind something that routes. Only one runs at a time.
+"""The systems under test: real vLLM engines behind something that routes. Only one runs at a time.
 
     kv_aware, least_loaded, round_robin   this project, `routing.policy`         (configs/quickstart.yaml)
     ray_prefix                            Ray's PrefixCacheAffinityRouter        (ray_prefix.py)
     vllm_router_cache_aware, _kv_aware    vllm-router of PyPI, in front of plain vLLM servers
 
-The engines have the same options everywhere. Those behind vllm-router are started once for both of its policies.
+The engines have the same options everywhere. A stack is what takes long to start; it gives a `Fleet` for each scenario,
+whose routers know nothing yet. Those of plain vLLM servers serve both policies of vllm-router.
 """
 
 from __future__ import annotations
@@ -12,33 +13,42 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-import socket
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass
 from enum import StrEnum
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, Protocol
 
 import httpx
 import psutil
 
 from benchmarks.overhead.router_venv import RouterInstall
+from benchmarks.processes import answers, free_pair, inherited, process, until
 from benchmarks.real.named_engine import FOLDER_VARIABLE, NAME_VARIABLE
-from benchmarks.real.workload import BLOCK_SIZE, ENGINES
+from benchmarks.real.workload import BLOCK_SIZE, Shape
 from serve_app import local_stack
 from serve_app.cli import load_config
 from serve_app.config import REPLICA_HEADER
+from serve_app.events.lmcache_server import LMCacheProcess
 
 ROOT: Final = Path(__file__).resolve().parents[2]
 MODEL: Final = "smollm2-135m-instruct"
 _START_TIMEOUT_S: Final = 300.0
 _REPLICA_PORTS: Final = range(30_000, 31_000)  # RAY_SERVE_DIRECT_INGRESS_MIN_HTTP_PORT and MAX
 _RECEIPTS: Final = 1000
+_LMCACHE_GB: Final = 2.0  # more than all documents take
+_LMCACHE_CHUNK: Final = 256  # tokens, its own default
+_CONNECTOR: Final = {
+    "kv_connector": "LMCacheMPConnector",
+    "kv_connector_module_path": "serve_app.deployments.lmcache_connector",
+    "kv_role": "kv_both",
+}
+_RAY_TREE: Final = "ray::PrefixTreeActor"
 _FOLLOW_S: Final = 2.0  # for HAProxy to hear of a new replica
 
 Say = Callable[[str], None]
@@ -80,55 +90,19 @@ class Engine:
 class Fleet:
     urls: list[str]  # of the routers
     engines: list[Engine]
-    restart_router: Callable[[], None]  # returns when the new one answers
+    restart_routers: Callable[[], None]  # returns when the new ones answer
     receipts: Callable[[], list[dict[str, Any]]]  # this project's; others have none
 
 
-class PlainEngines:
-    """vLLM servers as anybody starts them, KV events on."""
+class Stack(Protocol):
+    """Engines that are up."""
 
-    def __init__(self, stack: ExitStack, model_path: str, kv_blocks: int, folder: Path, say: Say) -> None:
-        self.engines: list[Engine] = []
-        self.events: list[int] = []  # ports; the replay socket's is the next one
-        started: list[subprocess.Popen[bytes]] = []
-        say("starting vLLM servers")
-        for i in range(ENGINES):
-            port, events = local_stack.free_port(), _free_pair()
-            name = f"engine-{i}"
-            options = {"model": model_path, "served_model_name": MODEL, "host": "127.0.0.1", "port": port}
-            options |= engine_options(kv_blocks)
-            options |= {
-                "middleware": "benchmarks.real.named_engine.NamedEngine",
-                "kv_events_config": json.dumps(
-                    {
-                        "enable_kv_cache_events": True,
-                        "publisher": "zmq",
-                        "endpoint": f"tcp://*:{events}",
-                        "replay_endpoint": f"tcp://*:{events + 1}",
-                    }
-                ),
-            }
-            command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server"]
-            for option, value in options.items():
-                command += [f"--{option.replace('_', '-')}", *([] if value is True else [str(value)])]
-            environment = {**os.environ, **_ENGINE_ENVIRONMENT, NAME_VARIABLE: name}
-            started.append(stack.enter_context(_process(command, folder / f"{name}.log", environment)))
-            self.engines.append(Engine(name, f"http://127.0.0.1:{port}"))
-            self.events.append(events)
-
-        def all_answer() -> bool:
-            for engine, process in zip(self.engines, started, strict=True):
-                if process.poll() is not None:
-                    log = (folder / f"{engine.name}.log").read_text(errors="replace")
-                    raise local_stack.StackError(f"{engine.name} ended with {process.returncode}:\n{log[-2000:]}")
-            return all(_answers(f"{engine.url}/health") for engine in self.engines)
-
-        _until(all_answer, "the vLLM servers")
+    def fleet(self, system: System) -> AbstractContextManager[Fleet]: ...
 
 
-def engine_options(kv_blocks: int) -> dict[str, Any]:
+def engine_options(kv_blocks: int, lmcache: LMCacheProcess | None) -> dict[str, Any]:
     """Of every engine of every system."""
-    return {
+    options: dict[str, Any] = {
         "max_model_len": 2048,
         "dtype": "bfloat16",
         "block_size": BLOCK_SIZE,
@@ -138,6 +112,10 @@ def engine_options(kv_blocks: int) -> dict[str, Any]:
         "max_num_seqs": 64,
         "enable_prompt_tokens_details": True,
     }
+    if lmcache is not None:
+        where = {"lmcache.mp.host": "127.0.0.1", "lmcache.mp.port": lmcache.port}
+        options["kv_transfer_config"] = {**_CONNECTOR, "kv_connector_extra_config": where}
+    return options
 
 
 @contextmanager
@@ -152,59 +130,99 @@ def environment() -> Iterator[Path]:
             "TOKENIZERS_PARALLELISM": "false",
             **_ENGINE_ENVIRONMENT,
         }
-        before = {variable: os.environ.get(variable) for variable in ours}
-        os.environ.update(ours)
-        try:
+        with inherited(ours):
             yield Path(name)
-        finally:
-            for variable, value in before.items():
-                if value is None:
-                    del os.environ[variable]
-                else:
-                    os.environ[variable] = value
+
+
+@contextmanager
+def _lmcache_of(shape: Shape, folder: Path) -> Iterator[LMCacheProcess | None]:
+    """One server for all engines of a stack: it is new, and so it is empty."""
+    if not shape.lmcache:
+        yield None
+        return
+    server = LMCacheProcess(
+        size_gb=_LMCACHE_GB,
+        chunk_size=_LMCACHE_CHUNK,
+        eviction_policy="LRU",
+        instance="bench",
+        log=folder / "lmcache.log",
+    )
+    try:
+        yield server
+    finally:
+        server.stop()
 
 
 # -- this project, and Ray's router -----------------------------------------------------------------------------------
 
 
+class ServeStack:
+    """Ray Serve: ours with direct streaming, Ray's router behind the ordinary ingress."""
+
+    def __init__(self, system: System, shape: Shape, running: local_stack.Running, engines: list[Engine]) -> None:
+        self._system, self._shape, self._running, self._engines = system, shape, running, engines
+        self._used = False
+
+    @contextmanager
+    def fleet(self, system: System) -> Iterator[Fleet]:
+        """Ours starts from what the engines hold: nothing. Ray's would start from what it has sent before."""
+        assert system is self._system
+        if self._used and system is System.RAY_PREFIX:
+            _kill(self._running, _RAY_TREE)
+            self._restart()
+        self._used = True
+        yield Fleet([self._running.url], self._engines, self._restart, self._receipts)
+
+    def _restart(self) -> None:
+        """The tree of Ray's router is an actor of its own, which outlives the ingress, and so it does here."""
+        before = {receipt["router"] for receipt in self._receipts()}
+
+        def new_ones_decide() -> bool:
+            """Until HAProxy knows a new router it routes without one."""
+            if not _ask_something(self._running.url) or self._system is not System.KV_AWARE:
+                return True
+            routers = {receipt["router"] for receipt in self._receipts()} - before
+            return len(routers) >= self._shape.routers
+
+        prefix = f"ray::ServeReplica:llm:{'KVCacheIngress' if self._system is System.RAY_PREFIX else 'LLMRouter'}"
+        old = _kill(self._running, prefix)
+        if not old:
+            raise TimeoutError(f"no process of {prefix} was found")
+        until(lambda: len(_processes(self._running, prefix) - old) >= len(old), f"a new {prefix}", _START_TIMEOUT_S)
+        until(lambda: _ask_something(self._running.url), "the OpenAI API", _START_TIMEOUT_S)
+        until(new_ones_decide, "the new routers", _START_TIMEOUT_S)
+        time.sleep(_FOLLOW_S)
+
+    def _receipts(self) -> list[dict[str, Any]]:
+        if self._system is not System.KV_AWARE:
+            return []
+        url = f"{self._running.url}{self._running.graph}/v1/receipts"
+        answer = httpx.get(url, params={"limit": _RECEIPTS}, timeout=30)
+        found: list[dict[str, Any]] = answer.raise_for_status().json()
+        return found
+
+
 @contextmanager
-def serve_fleet(system: System, model_path: str, kv_blocks: int, folder: Path, say: Say) -> Iterator[Fleet]:
-    """A Ray Serve stack: ours with direct streaming, Ray's router behind the ordinary ingress."""
+def serve_stack(
+    system: System, shape: Shape, model_path: str, kv_blocks: int, folder: Path, say: Say
+) -> Iterator[Stack]:
     ours = system is not System.RAY_PREFIX
     for old in folder.glob("*.port"):
         old.unlink()
-    config = _our_config(system, model_path, kv_blocks) if ours else _ray_config(model_path, kv_blocks)
-    stack = local_stack.start(config, direct=ours, on_progress=say, name=system.value)
-    try:
-        engines: list[Engine] = []
+    with _lmcache_of(shape, folder) as lmcache:
+        config = (_our_config if ours else _ray_config)(system, shape, model_path, kv_blocks, lmcache)
+        running = local_stack.start(config, direct=ours, on_progress=say, name=system.value)
+        try:
+            engines: list[Engine] = []
 
-        def all_there() -> bool:
-            engines[:] = _direct_replicas(stack) if ours else _written_ports(folder)
-            return len(engines) == ENGINES
+            def all_there() -> bool:
+                engines[:] = _direct_replicas(running) if ours else _written_ports(folder)
+                return len(engines) == shape.engines
 
-        _until(all_there, "the replicas' HTTP servers")
-        router = "LLMRouter" if ours else "KVCacheIngress"
-
-        def receipts() -> list[dict[str, Any]]:
-            if system is not System.KV_AWARE:
-                return []
-            answer = httpx.get(f"{stack.url}{stack.graph}/v1/receipts", params={"limit": _RECEIPTS}, timeout=30)
-            found: list[dict[str, Any]] = answer.raise_for_status().json()
-            return found
-
-        def restart() -> None:
-            before = _routers(receipts())
-            _restart_deployment(stack, router)
-            if system is System.KV_AWARE:  # until HAProxy knows the new router it routes without one
-                _until(lambda: _ask_something(stack.url) and bool(_routers(receipts()) - before), "the new router")
-
-        yield Fleet([stack.url], engines, restart, receipts)
-    finally:
-        local_stack.stop(stack, on_progress=lambda _: None)
-
-
-def _routers(receipts: list[dict[str, Any]]) -> set[str]:
-    return {receipt["router"] for receipt in receipts}
+            until(all_there, "the replicas' HTTP servers", _START_TIMEOUT_S)
+            yield ServeStack(system, shape, running, engines)
+        finally:
+            local_stack.stop(running, on_progress=lambda _: None)
 
 
 def _ask_something(url: str) -> bool:
@@ -216,20 +234,32 @@ def _ask_something(url: str) -> bool:
         return False
 
 
-def _our_config(system: System, model_path: str, kv_blocks: int) -> dict[str, Any]:
+def _our_config(
+    system: System, shape: Shape, model_path: str, kv_blocks: int, lmcache: LMCacheProcess | None
+) -> dict[str, Any]:
     config = load_config(ROOT / "configs/quickstart.yaml", local_stack.free_port())
-    arguments = config["applications"][1]["args"]
-    arguments["routing"]["policy"] = system.value
+    application = config["applications"][1]
+    arguments = application["args"]
+    if system is not System.RAY_PREFIX:
+        arguments["routing"]["policy"] = system.value
+        application["deployments"] = [{"name": "LLMRouter", "num_replicas": shape.routers}]
+        if lmcache is not None:
+            arguments["lmcache"] = {"attach": f"127.0.0.1:{lmcache.port}"}
+            lmcache = None  # the replica attaches its engine itself
     arguments["llm"]["model_loading_config"] = {"model_id": MODEL, "model_source": model_path}
-    arguments["llm"]["engine_kwargs"] = engine_options(kv_blocks)
-    arguments["llm"]["deployment_config"]["num_replicas"] = ENGINES
+    arguments["llm"]["engine_kwargs"] = engine_options(kv_blocks, lmcache)
+    arguments["llm"]["deployment_config"]["num_replicas"] = shape.engines
+    # Reserves less than the quickstart's two replicas do, so that three fit into Ray's idea of two cores.
+    arguments["llm"]["placement_group_config"] = {"bundle_per_worker": {"CPU": 0.3}}
     arguments["llm"]["runtime_env"]["env_vars"] |= _ENGINE_ENVIRONMENT
     return config
 
 
-def _ray_config(model_path: str, kv_blocks: int) -> dict[str, Any]:
+def _ray_config(
+    system: System, shape: Shape, model_path: str, kv_blocks: int, lmcache: LMCacheProcess | None
+) -> dict[str, Any]:
     """The same LLMConfig for Ray's own builder, with Ray's router."""
-    ours = _our_config(System.KV_AWARE, model_path, kv_blocks)
+    ours = _our_config(system, shape, model_path, kv_blocks, lmcache)
     llm = ours["applications"][1]["args"]["llm"]
     llm["server_cls"] = "benchmarks.real.ray_prefix.RayReplica"
     llm["deployment_config"]["request_router_config"] = {
@@ -242,7 +272,7 @@ def _ray_config(model_path: str, kv_blocks: int) -> dict[str, Any]:
         "args": {
             "llm_configs": [llm],
             "ingress_cls_config": {"ingress_cls": "serve_app.deployments.openai_ingress.KVCacheIngress"},
-            "ingress_deployment_config": {"num_replicas": 1, "ray_actor_options": {"num_cpus": 0.1}},
+            "ingress_deployment_config": {"num_replicas": shape.routers, "ray_actor_options": {"num_cpus": 0.1}},
         },
     }
     return {**ours, "applications": [application]}
@@ -251,9 +281,9 @@ def _ray_config(model_path: str, kv_blocks: int) -> dict[str, Any]:
 def _direct_replicas(stack: local_stack.Running) -> list[Engine]:
     """Serve's replicas listen on ports of their own with direct streaming; who answers with the header is an engine."""
     found = {}
-    for process in _family(stack):
+    for member in _family(stack):
         with contextlib.suppress(psutil.Error):
-            for connection in process.net_connections("tcp"):
+            for connection in member.net_connections("tcp"):
                 if connection.status == psutil.CONN_LISTEN and connection.laddr.port in _REPLICA_PORTS:
                     url = f"http://127.0.0.1:{connection.laddr.port}"
                     with contextlib.suppress(httpx.HTTPError):
@@ -267,25 +297,23 @@ def _written_ports(folder: Path) -> list[Engine]:
     return [Engine(path.stem, f"http://127.0.0.1:{path.read_text()}") for path in sorted(folder.glob("*.port"))]
 
 
-def _restart_deployment(stack: local_stack.Running, deployment: str) -> None:
-    """Kill the processes of a deployment's replicas; Serve starts them anew. With them goes the router inside."""
+def _processes(running: local_stack.Running, prefix: str) -> set[psutil.Process]:
+    """Of the stack, those whose title begins so."""
+    found = set()
+    for member in _family(running):
+        with contextlib.suppress(psutil.Error):
+            if any(part.startswith(prefix) for part in member.cmdline()[:1]):
+                found.add(member)
+    return found
 
-    def replicas() -> dict[int, psutil.Process]:
-        found = {}
-        for process in _family(stack):
-            with contextlib.suppress(psutil.Error):
-                if any(f"ServeReplica:llm:{deployment}" in part for part in process.cmdline()[:1]):
-                    found[process.pid] = process
-        return found
 
-    old = replicas()
-    if not old:
-        raise TimeoutError(f"no process of {deployment} was found")
-    for process in old.values():
-        process.kill()
-    _until(lambda: bool(set(replicas()) - set(old)), f"a new {deployment}")
-    _until(lambda: _ask_something(stack.url), "the OpenAI API")
-    time.sleep(_FOLLOW_S)
+def _kill(running: local_stack.Running, prefix: str) -> set[psutil.Process]:
+    found = _processes(running, prefix)
+    for member in found:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            member.kill()
+    psutil.wait_procs(found, timeout=5)
+    return found
 
 
 def _family(stack: local_stack.Running) -> list[psutil.Process]:
@@ -296,74 +324,80 @@ def _family(stack: local_stack.Running) -> list[psutil.Process]:
 # -- vllm-router ------------------------------------------------------------------------------------------------------
 
 
+class PlainStack:
+    """vLLM servers as anybody starts them, KV events on. Each fleet has routers of its own."""
+
+    def __init__(
+        self, engines: list[Engine], events: list[int], shape: Shape, router: RouterInstall, folder: Path
+    ) -> None:
+        self._engines, self._events, self._shape, self._router, self._folder = engines, events, shape, router, folder
+
+    @contextmanager
+    def fleet(self, system: System) -> Iterator[Fleet]:
+        ports = [local_stack.free_port() for _ in range(self._shape.routers)]
+        with ExitStack() as running:
+
+            def restart() -> None:
+                running.close()
+                for port in ports:
+                    command = self._command(system, port)
+                    running.enter_context(process(command, self._folder / f"{system.value}.log"))
+                for port in ports:
+                    until(lambda port=port: answers(f"http://127.0.0.1:{port}/health"), system.value, _START_TIMEOUT_S)  # type: ignore[misc]
+
+            restart()
+            yield Fleet([f"http://127.0.0.1:{port}" for port in ports], self._engines, restart, list)
+
+    def _command(self, system: System, port: int) -> list[str]:
+        policy = system.value.removeprefix("vllm_router_")
+        command = [str(self._router.command), "--host", "127.0.0.1", "--port", str(port), "--policy", policy]
+        command += ["--prometheus-port", str(local_stack.free_port()), "--log-level", "error"]
+        command += ["--worker-urls", *(engine.url for engine in self._engines)]
+        if policy == "kv_aware":
+            command += ["--kv-event-model", MODEL, "--kv-event-block-size", str(BLOCK_SIZE)]
+            for engine, events in zip(self._engines, self._events, strict=True):
+                command += ["--kv-event-source", f"{engine.url}=tcp://127.0.0.1:{events}"]
+                command += ["--kv-event-replay-source", f"{engine.url}=tcp://127.0.0.1:{events + 1}"]
+        return command
+
+
 @contextmanager
-def vllm_router_fleet(system: System, router: RouterInstall, plain: PlainEngines, folder: Path) -> Iterator[Fleet]:
-    policy = system.value.removeprefix("vllm_router_")
-    port = local_stack.free_port()
-    url = f"http://127.0.0.1:{port}"
-    command = [str(router.command), "--host", "127.0.0.1", "--port", str(port), "--policy", policy]
-    command += ["--prometheus-port", str(local_stack.free_port()), "--log-level", "error"]
-    command += ["--worker-urls", *(engine.url for engine in plain.engines)]
-    if policy == "kv_aware":
-        command += ["--kv-event-model", MODEL, "--kv-event-block-size", str(BLOCK_SIZE)]
-        for engine, events in zip(plain.engines, plain.events, strict=True):
-            command += ["--kv-event-source", f"{engine.url}=tcp://127.0.0.1:{events}"]
-            command += ["--kv-event-replay-source", f"{engine.url}=tcp://127.0.0.1:{events + 1}"]
+def plain_stack(
+    shape: Shape, router: RouterInstall, model_path: str, kv_blocks: int, folder: Path, say: Say
+) -> Iterator[Stack]:
+    with _lmcache_of(shape, folder) as lmcache, ExitStack() as stack:
+        engines: list[Engine] = []
+        ports: list[int] = []  # of events; the replay socket's is the next one
+        started: list[subprocess.Popen[bytes]] = []
+        say(f"starting {shape.engines} vLLM servers")
+        for i in range(shape.engines):
+            port, events = local_stack.free_port(), free_pair()
+            name = f"engine-{i}"
+            options = {"model": model_path, "served_model_name": MODEL, "host": "127.0.0.1", "port": port}
+            options |= engine_options(kv_blocks, lmcache)
+            options |= {
+                "middleware": "benchmarks.real.named_engine.NamedEngine",
+                "kv_events_config": {
+                    "enable_kv_cache_events": True,
+                    "publisher": "zmq",
+                    "endpoint": f"tcp://*:{events}",
+                    "replay_endpoint": f"tcp://*:{events + 1}",
+                },
+            }
+            command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server"]
+            for option, value in options.items():
+                text = json.dumps(value) if isinstance(value, dict) else str(value)
+                command += [f"--{option.replace('_', '-')}", *([] if value is True else [text])]
+            started.append(stack.enter_context(process(command, folder / f"{name}.log", {NAME_VARIABLE: name})))
+            engines.append(Engine(name, f"http://127.0.0.1:{port}"))
+            ports.append(events)
 
-    with ExitStack() as running:
+        def all_answer() -> bool:
+            for engine, server in zip(engines, started, strict=True):
+                if server.poll() is not None:
+                    log = (folder / f"{engine.name}.log").read_text(errors="replace")
+                    raise local_stack.StackError(f"{engine.name} ended with {server.returncode}:\n{log[-2000:]}")
+            return all(answers(f"{engine.url}/health") for engine in engines)
 
-        def restart() -> None:
-            running.close()
-            running.enter_context(_process(command, folder / f"{system.value}.log", dict(os.environ)))
-            _until(lambda: _answers(f"{url}/health"), system.value)
-
-        restart()
-        yield Fleet([url], plain.engines, restart, list)
-
-
-# -- processes --------------------------------------------------------------------------------------------------------
-
-
-@contextmanager
-def _process(command: Sequence[str], log: Path, environment: Mapping[str, str]) -> Iterator[subprocess.Popen[bytes]]:
-    with log.open("ab") as output:
-        process = subprocess.Popen(
-            command, stdin=subprocess.DEVNULL, stdout=output, stderr=subprocess.STDOUT, env=dict(environment)
-        )
-    family = []
-    try:
-        yield process
-    finally:
-        with contextlib.suppress(psutil.NoSuchProcess):
-            family = [psutil.Process(process.pid), *psutil.Process(process.pid).children(recursive=True)]
-        process.terminate()
-        with contextlib.suppress(subprocess.TimeoutExpired):
-            process.wait(15)
-        for member in family:  # an engine core that has outlived its server
-            with contextlib.suppress(psutil.NoSuchProcess):
-                member.kill()
-        process.wait()
-
-
-def _free_pair() -> int:
-    """A port that is free together with the next one."""
-    while True:
-        port = local_stack.free_port()
-        with contextlib.suppress(OSError), socket.socket() as next_one:
-            next_one.bind(("127.0.0.1", port + 1))
-            return port
-
-
-def _answers(url: str) -> bool:
-    try:
-        return httpx.get(url, timeout=5).is_success
-    except httpx.HTTPError:
-        return False
-
-
-def _until(check: Callable[[], bool], what: str) -> None:
-    deadline_s = time.monotonic() + _START_TIMEOUT_S
-    while not check():
-        if time.monotonic() > deadline_s:
-            raise TimeoutError(f"{what}: nothing after {_START_TIMEOUT_S:.0f} s")
-        time.sleep(0.25)
+        until(all_answer, "the vLLM servers", _START_TIMEOUT_S)
+        yield PlainStack(engines, ports, shape, router, folder)

@@ -9,12 +9,15 @@ are fixed texts, not what an engine answered, so that every system gets the same
     router_restart  half-way the router is started anew; the engines keep what they hold
     bypass          the first question about each document goes to an engine directly, past the router
     zipf            more documents than fit, some asked about often and many seldom
+    lmcache         the same with an LMCache server, that both engines store to and load from
+    two_routers     two routers in front of three engines, whose caches together just hold the documents
 """
 
 from __future__ import annotations
 
 import random
-from collections.abc import Sequence
+from collections import defaultdict
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 from pathlib import Path
@@ -29,7 +32,6 @@ from serve_app.prompts.encoder import PromptEncoder
 from serve_app.prompts.prefix_store import PrefixStore
 from serve_app.types import EngineSpec, ModelId
 
-ENGINES: Final = 2
 BLOCK_SIZE: Final = 32
 ANSWER_TOKENS: Final = 24
 _CHARS_PER_TOKEN: Final = 8  # more than any text here has
@@ -46,6 +48,17 @@ class Name(StrEnum):
     ROUTER_RESTART = "router_restart"
     BYPASS = "bypass"
     ZIPF = "zipf"
+    LMCACHE = "lmcache"
+    TWO_ROUTERS = "two_routers"
+
+
+@dataclass(frozen=True, slots=True)
+class Shape:
+    """Of the fleet that a scenario wants. Fleets take up to a minute to start: scenarios of one shape share one."""
+
+    engines: int = 2
+    routers: int = 1
+    lmcache: bool = False
 
 
 class Between(StrEnum):
@@ -76,21 +89,24 @@ class Scenario:
     title: str
     phases: list[list[Chain]]
     between: Between = Between.NOTHING
+    shape: Shape = Shape()
 
-    def asks(self) -> list[Ask]:
-        """All requests: phase after phase, in a phase turn after turn, as an engine would see them."""
+    def asks(self) -> list[list[Ask]]:
+        """All requests of each phase, turn after turn, as an engine would see them."""
         return [
-            chain.asks[i]
+            [
+                chain.asks[i]
+                for i in range(max(len(chain.asks) for chain in phase))
+                for chain in phase
+                if i < len(chain.asks)
+            ]
             for phase in self.phases
-            for i in range(max(len(chain.asks) for chain in phase))
-            for chain in phase
-            if i < len(chain.asks)
         ]
 
 
 @dataclass(frozen=True, slots=True)
 class Size:
-    """Documents and caches go together: the caches of both engines just hold all documents and what is said of them."""
+    """Documents and caches go together: two engines' caches just hold all documents and what is said of them."""
 
     documents: int = 8
     document_tokens: int = 1280
@@ -100,16 +116,21 @@ class Size:
     zipf_documents: int = 24
     zipf_chains: int = 3
     zipf_asks: int = 16  # of each chain
+    lmcache_documents: int = 14
 
     @classmethod
     def quick(cls) -> Size:
-        return cls(documents=4, turns=4, kv_blocks=115, zipf_documents=12, zipf_chains=2, zipf_asks=8)
+        return cls(
+            documents=4, turns=4, kv_blocks=115, zipf_documents=12, zipf_chains=2, zipf_asks=8, lmcache_documents=8
+        )
 
 
 def scenarios(size: Size, model_path: str) -> list[Scenario]:
     """All of them, each about documents of its own: no cache, and no router, has seen them in another one."""
     tokenizer = Tokenizer.from_file(str(Path(model_path) / "tokenizer.json"))
-    texts = _documents(tokenizer, len(Name) * size.documents + size.zipf_documents, size.document_tokens)
+    three_hold = size.documents * 3 // 2
+    count = 4 * size.documents + size.zipf_documents + size.lmcache_documents + three_hold
+    texts = _documents(tokenizer, count, size.document_tokens)
 
     def take(count: int) -> list[str]:
         taken, texts[:count] = texts[:count], []
@@ -118,7 +139,7 @@ def scenarios(size: Size, model_path: str) -> list[Scenario]:
     def talks(turns: range, documents: Sequence[str], *, direct: bool = False) -> list[Chain]:
         return [
             Chain(
-                [Ask(i, turn, _talk(text, turn), i % ENGINES if direct else None) for turn in turns],
+                [Ask(i, turn, _talk(text, turn), i % Shape().engines if direct else None) for turn in turns],
                 i * size.start_every_s if turns.start == 0 else 0.0,
             )
             for i, text in enumerate(documents)
@@ -146,25 +167,48 @@ def scenarios(size: Size, model_path: str) -> list[Scenario]:
         "first turns reach the engines past the router",
         [talks(range(1), documents, direct=True), talks(range(1, short), documents)],
     )
-    return [base, reset, restart, bypass, _zipf(size, take(size.zipf_documents))]
+    documents = take(size.zipf_documents)
+    zipf = Scenario(Name.ZIPF, f"Zipf: {len(documents)} documents, more than fit", [_zipf(size, documents)])
+    documents = take(size.lmcache_documents)
+    lmcache = Scenario(
+        Name.LMCACHE,
+        f"Zipf with LMCache: {len(documents)} documents, more than the engines hold",
+        [_zipf(size, documents)],
+        shape=Shape(lmcache=True),
+    )
+    two_routers = Scenario(
+        Name.TWO_ROUTERS,
+        "two routers, three engines",
+        [talks(range(short), take(three_hold))],
+        shape=Shape(engines=3, routers=2),
+    )
+    return [base, reset, restart, bypass, zipf, lmcache, two_routers]
 
 
-def oracle(scenario: Scenario, model_path: str, model: str) -> tuple[int, int]:
+def oracle(scenario: Scenario, model_path: str, model: str, lost: Collection[int] = ()) -> tuple[int, int]:
     """Prompt tokens of what passes the router, and how many of them one cache that never forgets would have had.
 
     Whole blocks, and never the whole prompt, which is vLLM's rule: its last token must be computed.
+
+    Args:
+        lost: documents that no engine holds any more when the second phase begins.
     """
     encoder = PromptEncoder(EngineSpec(ModelId(model), BLOCK_SIZE, model_path), PrefixStore(1 << 28))
     seen: set[bytes] = set()
+    of_document: dict[int, set[bytes]] = defaultdict(set)
     prompt_tokens = cached_tokens = 0
-    for ask in scenario.asks():
-        (encoded,) = encoder.encode({"model": model, "messages": ask.messages})
-        keys = [bytes(key) for key in split_keys(encoded.block_keys)]
-        held = next((i for i, key in enumerate(keys) if key not in seen), len(keys))
-        if ask.engine is None:
-            prompt_tokens += encoded.token_count
-            cached_tokens += min(held, (encoded.token_count - 1) // BLOCK_SIZE) * BLOCK_SIZE
-        seen.update(keys)
+    for number, asks in enumerate(scenario.asks()):
+        if number == 1:
+            seen.difference_update(*(of_document[document] for document in lost))
+        for ask in asks:
+            (encoded,) = encoder.encode({"model": model, "messages": ask.messages})
+            keys = [bytes(key) for key in split_keys(encoded.block_keys)]
+            held = next((i for i, key in enumerate(keys) if key not in seen), len(keys))
+            if ask.engine is None:
+                prompt_tokens += encoded.token_count
+                cached_tokens += min(held, (encoded.token_count - 1) // BLOCK_SIZE) * BLOCK_SIZE
+            seen.update(keys)
+            of_document[ask.document].update(keys)
     return prompt_tokens, cached_tokens
 
 
@@ -177,7 +221,7 @@ def _talk(document: str, turn: int) -> list[dict[str, str]]:
     return [*messages, {"role": "user", "content": QUESTIONS[turn % len(QUESTIONS)]}]
 
 
-def _zipf(size: Size, documents: list[str]) -> Scenario:
+def _zipf(size: Size, documents: list[str]) -> list[Chain]:
     """One question per request; document k is asked about with weight 1/k."""
     draw = random.Random(_SEED)
     weights = [1 / (k + 1) for k in range(len(documents))]
@@ -190,18 +234,22 @@ def _zipf(size: Size, documents: list[str]) -> Scenario:
             asks.append(Ask(number, asked[number], [{"role": "system", "content": documents[number]}, question]))
             asked[number] += 1
         chains.append(Chain(asks))
-    return Scenario(Name.ZIPF, f"Zipf: {len(documents)} documents, more than fit", [chains])
+    return chains
 
 
 def _documents(tokenizer: Any, count: int, tokens: int) -> list[str]:
-    """English texts of just so many tokens, all different, that are on every machine: the topics of Python's help."""
+    """English texts of just so many tokens that are on every machine: the topics of Python's help.
+
+    All different from the first line on, so that no two share a block; the text below it may come again.
+    """
     corpus = " ".join(" ".join(topics[name].split()) for name in sorted(topics))
     documents, at = [], 0
     for i in range(count):
+        at = at if at + tokens * _CHARS_PER_TOKEN <= len(corpus) else 0
         text = f"Document {i}.\n{corpus[at : at + tokens * _CHARS_PER_TOKEN]}"
         encoding = tokenizer.encode(text, add_special_tokens=False)
         if len(encoding.ids) < tokens:
-            raise ValueError(f"Python's help is too short for {count} documents of {tokens} tokens")
+            raise ValueError(f"Python's help is too short for a document of {tokens} tokens")
         end = encoding.offsets[tokens - 1][1]
         documents.append(text[:end])
         at += end

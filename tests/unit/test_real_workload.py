@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import chain
+
 import pytest
 
 from benchmarks.real.workload import BLOCK_SIZE, Name, Scenario, Size, oracle, scenarios
@@ -10,7 +12,9 @@ from serve_app.prompts.prefix_store import PrefixStore
 from serve_app.types import EngineSpec, ModelId
 
 MODEL = "model"
-SIZE = Size(documents=3, document_tokens=100, turns=4, zipf_documents=6, zipf_chains=2, zipf_asks=5)
+SIZE = Size(
+    documents=3, document_tokens=100, turns=4, zipf_documents=6, zipf_chains=2, zipf_asks=5, lmcache_documents=5
+)
 
 
 @pytest.fixture(scope="module")
@@ -29,7 +33,7 @@ def test_oracle_is_the_longest_prefix_of_any_earlier_prompt(
     encoder = PromptEncoder(EngineSpec(ModelId(MODEL), BLOCK_SIZE, model_path), PrefixStore(1 << 28))
     earlier: list[list[int]] = []
     prompt_tokens = cached_tokens = 0
-    for ask in made[name].asks():
+    for ask in chain.from_iterable(made[name].asks()):
         (encoded,) = encoder.encode({"messages": ask.messages})
         tokens = list(encoded.token_ids())
         if ask.engine is None:
@@ -42,12 +46,20 @@ def test_oracle_is_the_longest_prefix_of_any_earlier_prompt(
 
 
 def test_no_scenario_has_a_document_of_another(made: dict[Name, Scenario]) -> None:
-    documents = [{ask.messages[0]["content"] for ask in scenario.asks()} for scenario in made.values()]
+    documents = [{ask.messages[0]["content"] for asks in scenario.asks() for ask in asks} for scenario in made.values()]
     assert len(set().union(*documents)) == sum(map(len, documents))
 
 
 def test_bypass_sends_every_first_turn_past_the_router_to_engines_in_turn(made: dict[Name, Scenario]) -> None:
     first, rest = made[Name.BYPASS].phases
-    assert [chain.asks[0].engine for chain in first] == [0, 1, 0]
-    assert all(ask.engine is None for chain in rest for ask in chain.asks)
-    assert {ask.document for chain in rest for ask in chain.asks} == {0, 1, 2}
+    assert [one.asks[0].engine for one in first] == [0, 1, 0]
+    assert all(ask.engine is None for one in rest for ask in one.asks)
+    assert {ask.document for one in rest for ask in one.asks} == {0, 1, 2}
+
+
+def test_oracle_has_lost_what_is_lost_half_way(made: dict[Name, Scenario], model_path: str) -> None:
+    reset = made[Name.ENGINE_RESET]
+    whole, (_, one), (_, both) = (oracle(reset, model_path, MODEL, lost) for lost in ((), {0}, {0, 1}))
+    prompt_tokens = whole[0]
+    assert oracle(reset, model_path, MODEL, {0, 1, 2})[0] == prompt_tokens
+    assert whole[1] > one > both
