@@ -59,6 +59,7 @@ def test_a_gap_that_the_engine_still_has_is_replayed_in_order_and_once(
     assert matched(mirror, range(50_000, 50_004)) == 0
     engine.remove(range(28))  # each once: had anything been applied twice, a copy would be left
     eventually(lambda: mirror.block_counts() == {"gpu": 0} or not sum(mirror.block_counts().values()))
+    eventually(lambda: mirror.domains()[0][2] is not None)  # a mirror looks at heartbeats once per second
     ((_, _, heartbeat),) = mirror.domains()
     assert heartbeat is not None
     assert heartbeat.events_lost == 0
