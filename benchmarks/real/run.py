@@ -105,6 +105,9 @@ async def _run(fleet: Fleet, system: System, scenario: Scenario) -> Outcome:
         outcome.wall_s += time.monotonic() - began_s
     await asyncio.sleep(_SETTLE_S)
     outcome.receipts = _of_these(fleet.receipts(), outcome.answers)
+    routers = {receipt["router"] for receipt in outcome.receipts}
+    if routers and len(routers) < scenario.shape.routers:
+        raise NotReady(f"{len(routers)} of {scenario.shape.routers} routers were asked")
     return outcome
 
 

@@ -209,7 +209,8 @@ def serve_stack(
     ours = system is not System.RAY_PREFIX
     for old in folder.glob("*.port"):
         old.unlink()
-    with _lmcache_of(shape, folder) as lmcache:
+    routers = {"RAY_SERVE_INGRESS_ROUTER_REPLICAS_PER_NODE": str(shape.routers)}  # with direct streaming
+    with _lmcache_of(shape, folder) as lmcache, inherited(routers):
         config = (_our_config if ours else _ray_config)(system, shape, model_path, kv_blocks, lmcache)
         running = local_stack.start(config, direct=ours, on_progress=say, name=system.value)
         try:
@@ -238,11 +239,9 @@ def _our_config(
     system: System, shape: Shape, model_path: str, kv_blocks: int, lmcache: LMCacheProcess | None
 ) -> dict[str, Any]:
     config = load_config(ROOT / "configs/quickstart.yaml", local_stack.free_port())
-    application = config["applications"][1]
-    arguments = application["args"]
+    arguments = config["applications"][1]["args"]
     if system is not System.RAY_PREFIX:
         arguments["routing"]["policy"] = system.value
-        application["deployments"] = [{"name": "LLMRouter", "num_replicas": shape.routers}]
         if lmcache is not None:
             arguments["lmcache"] = {"attach": f"127.0.0.1:{lmcache.port}"}
             lmcache = None  # the replica attaches its engine itself
