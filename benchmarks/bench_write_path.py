@@ -206,6 +206,7 @@ def bench_latency(url: str, seconds: float, rate: int) -> dict[str, float]:
             stdin=subprocess.PIPE,
             stderr=subprocess.DEVNULL,
             env=environment,
+            cwd=ROOT,  # `-m` looks there first
         )
         assert publisher.stdin
         publisher.stdin.write(msgspec.json.encode(config) + b"\n")
