@@ -15,7 +15,7 @@ from typing import Final
 import httpx
 import psutil
 
-from serve_app.local_stack import free_port
+from serve_app.ports import free_port
 
 _POLL_S: Final = 0.2
 _STOP_S: Final = 15.0

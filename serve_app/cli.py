@@ -17,6 +17,7 @@ from rich.table import Table
 
 from serve_app import local_stack
 from serve_app.errors import ConfigError, KVCacheError
+from serve_app.ports import free_port
 
 if TYPE_CHECKING:
     from serve_app.events.publisher import PublisherConfig
@@ -288,7 +289,7 @@ def demo(
     """Conversations about long documents on two real vLLM replicas: round robin, then KV-aware."""
     from serve_app.demo import Workload, run_demo
 
-    config = load_config(QUICKSTART, port or local_stack.free_port())
+    config = load_config(QUICKSTART, port or free_port())
     run_demo(Workload(documents, turns, document_tokens), config, output)
 
 
@@ -318,7 +319,7 @@ def audit(
     from serve_app.audit.traffic import Plan
 
     plan = Plan(count=count, conversations=conversations, tokens=tokens, seed=seed)
-    loaded = load_config(config, port or local_stack.free_port()) if config else None
+    loaded = load_config(config, port or free_port()) if config else None
     settings = Settings(url, score_url, loaded, str(config or ""), kv_blocks, requests, plan, require, output)
     if not run_audit(settings):
         raise typer.Exit(1)

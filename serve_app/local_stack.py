@@ -9,7 +9,6 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-import random
 import signal
 import socket
 import subprocess
@@ -30,7 +29,6 @@ from serve_app.model import cache_home
 START_TIMEOUT_S = 900.0
 STOP_TIMEOUT_S = 60.0
 _POLL_S = 0.5
-_PORTS = (20_000, 29_999)  # above those of Ray's workers, below the kernel's and the replicas'
 
 # Direct streaming, as in configs/direct.env; and short drains, for nobody waits behind a load balancer here.
 DIRECT_ENV = {
@@ -167,22 +165,6 @@ def describe(running: Running) -> dict[str, Any] | None:
     except (httpx.HTTPError, ValueError):
         return None
     return answer
-
-
-def free_port() -> int:
-    """A port of 127.0.0.1 that nobody listens on now.
-
-    Outside the range from which the kernel takes ports for outgoing connections: Ray's own processes make many of those
-    before Serve binds this one.
-    """
-    while True:
-        port = random.randint(*_PORTS)
-        with socket.socket() as probe:
-            try:
-                probe.bind(("127.0.0.1", port))
-            except OSError:
-                continue
-            return port
 
 
 def log_tail(running: Running, lines: int = 30) -> str:

@@ -6,7 +6,6 @@ LMCache keeps KV blocks in this host's memory, in chunks of tokens, for every en
 from __future__ import annotations
 
 import json
-import random
 import shutil
 import socket
 import subprocess
@@ -16,11 +15,11 @@ from pathlib import Path
 
 from serve_app.errors import StoreError
 from serve_app.events.lmcache_source import chunk_size_of
+from serve_app.ports import free_port
 
 START_TIMEOUT_S = 120.0
 STOP_TIMEOUT_S = 5.0
 _ATTEMPTS = 5  # a free port may be taken between our look and the server's
-_PORTS = (20_000, 29_999)  # above those of Ray's workers, below those of the replicas and of the kernel
 _POLL_S = 0.2
 
 
@@ -57,7 +56,7 @@ class LMCacheProcess:
         self._log = log
         self.process: subprocess.Popen[bytes]
         for _ in range(1 if port else _ATTEMPTS):
-            self.port = port or _free_port()
+            self.port = port or free_port()
             if self._start():
                 return
         raise StoreError(f"lmcache server did not start on port {self.port}, see {log}")
@@ -84,7 +83,7 @@ class LMCacheProcess:
             *(("setpriv", "--pdeathsig", "TERM") if shutil.which("setpriv") else ()),
             *(sys.executable, "-m", "lmcache.cli.main", "server", *self._arguments),
             *("--host", "127.0.0.1", "--port", str(self.port)),
-            *("--http-port", str(_free_port()), "--prometheus-port", str(_free_port())),
+            *("--http-port", str(free_port()), "--prometheus-port", str(free_port())),
         ]
         with self._log.open("ab") as log:
             self.process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT)
@@ -102,14 +101,3 @@ class LMCacheProcess:
                 return True
         self.stop()
         return False
-
-
-def _free_port() -> int:
-    while True:
-        port = random.randint(*_PORTS)
-        with socket.socket() as probe:
-            try:
-                probe.bind(("127.0.0.1", port))
-            except OSError:
-                continue
-            return port

@@ -16,7 +16,7 @@ import pytest
 from serve_app import local_stack
 from serve_app.cli import load_config
 from serve_app.config import REPLICA_HEADER
-from serve_app.local_stack import free_port
+from serve_app.ports import free_port
 
 READY_TIMEOUT_S = 60.0
 CONFIGS = Path(__file__).parents[2] / "configs"

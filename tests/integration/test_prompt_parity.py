@@ -27,7 +27,7 @@ from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 
 from serve_app.errors import PromptError
-from serve_app.local_stack import free_port
+from serve_app.ports import free_port
 from serve_app.prompts.encoder import PromptEncoder
 from serve_app.prompts.prefix_store import PrefixStore
 from serve_app.prompts.request import namespace_of

@@ -17,7 +17,7 @@ import httpx
 import pytest
 
 from serve_app.index.mirror import Mirror
-from serve_app.local_stack import free_port
+from serve_app.ports import free_port
 from serve_app.prompts.encoder import PromptEncoder
 from serve_app.prompts.prefix_store import PrefixStore
 from serve_app.types import EngineSpec, ModelId, PodId
