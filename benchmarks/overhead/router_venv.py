@@ -8,10 +8,12 @@ from __future__ import annotations
 import re
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
+
+from serve_app.ports import free_port
 
 PACKAGE: Final = "vllm-router"
 _INSTALL_TIMEOUT_S: Final = 600
@@ -21,6 +23,21 @@ _INSTALL_TIMEOUT_S: Final = 600
 class RouterInstall:
     command: Path
     version: str
+
+    def serving(self, port: int, policy: str, workers: Mapping[str, int], model: str, block_size: int) -> list[str]:
+        """The command that routes by `policy` on 127.0.0.1.
+
+        Args:
+            workers: URL of each engine, and the port of its KV events; the replay socket's is the next one.
+        """
+        command = [str(self.command), "--host", "127.0.0.1", "--port", str(port), "--policy", policy]
+        command += ["--prometheus-port", str(free_port()), "--log-level", "error", "--worker-urls", *workers]
+        if policy == "kv_aware":
+            command += ["--kv-event-model", model, "--kv-event-block-size", str(block_size)]
+            for url, events in workers.items():
+                command += ["--kv-event-source", f"{url}=tcp://127.0.0.1:{events}"]
+                command += ["--kv-event-replay-source", f"{url}=tcp://127.0.0.1:{events + 1}"]
+        return command
 
 
 class NotInstallable(Exception):

@@ -32,6 +32,7 @@ from benchmarks.overhead.router_venv import RouterInstall
 from benchmarks.processes import answers, free_pair, inherited, process, until
 from serve_app import local_stack
 from serve_app.cli import load_config
+from serve_app.ports import free_port
 
 ROOT: Final = Path(__file__).resolve().parents[2]
 MODEL: Final = "smollm2-135m-instruct"
@@ -118,7 +119,7 @@ def _ours(system: System, model_path: str, folder: Path, say: Say) -> Iterator[R
 def _serve_config(system: System, model_path: str) -> dict[str, Any]:
     """A config of the project with the model's path and the engine's block size put in."""
     name = "graph.yaml" if system is System.OURS_GRAPH else "quickstart.yaml"
-    config = load_config(ROOT / "configs" / name, local_stack.free_port())
+    config = load_config(ROOT / "configs" / name, free_port())
     llm = config["applications"][1]["args"]["llm"]
     llm["model_loading_config"] = {"model_id": MODEL, "model_source": model_path}
     llm["engine_kwargs"] = {"block_size": BLOCK_SIZE, "max_model_len": MAX_MODEL_LEN}
@@ -171,15 +172,9 @@ def _vllm_router(policy: str, router: RouterInstall, model_path: str, folder: Pa
             lambda: all((folder / f"{name}.learned").exists() for name in names), "the engines' cores", _START_TIMEOUT_S
         )
 
-        endpoint = Endpoint("127.0.0.1", local_stack.free_port())
-        command = [str(router.command), "--host", endpoint.host, "--port", str(endpoint.port), "--policy", policy]
-        command += ["--prometheus-port", str(local_stack.free_port()), "--log-level", "error"]
-        command += ["--worker-urls", *(engines[name].url for name in names)]
-        if policy == "kv_aware":
-            command += ["--kv-event-model", MODEL, "--kv-event-block-size", str(BLOCK_SIZE)]
-            for name, port in zip(names, events, strict=True):
-                command += ["--kv-event-source", f"{engines[name].url}=tcp://127.0.0.1:{port}"]
-                command += ["--kv-event-replay-source", f"{engines[name].url}=tcp://127.0.0.1:{port + 1}"]
+        endpoint = Endpoint("127.0.0.1", free_port())
+        workers = {engines[name].url: port for name, port in zip(names, events, strict=True)}
+        command = router.serving(endpoint.port, policy, workers, MODEL, BLOCK_SIZE)
         stack.enter_context(process(command, folder / "router.log"))
         until(lambda: answers(f"{endpoint.url}/health"), f"vllm-router {policy}", _START_TIMEOUT_S)
         yield Running(endpoint, {UVICORN: engines}, folder)

@@ -35,6 +35,7 @@ from serve_app import local_stack
 from serve_app.cli import load_config
 from serve_app.config import REPLICA_HEADER
 from serve_app.events.lmcache_server import LMCacheProcess
+from serve_app.ports import free_port
 
 ROOT: Final = Path(__file__).resolve().parents[2]
 MODEL: Final = "smollm2-135m-instruct"
@@ -238,7 +239,7 @@ def _ask_something(url: str) -> bool:
 def _our_config(
     system: System, shape: Shape, model_path: str, kv_blocks: int, lmcache: LMCacheProcess | None
 ) -> dict[str, Any]:
-    config = load_config(ROOT / "configs/quickstart.yaml", local_stack.free_port())
+    config = load_config(ROOT / "configs/quickstart.yaml", free_port())
     arguments = config["applications"][1]["args"]
     if system is not System.RAY_PREFIX:
         arguments["routing"]["policy"] = system.value
@@ -333,7 +334,7 @@ class PlainStack:
 
     @contextmanager
     def fleet(self, system: System) -> Iterator[Fleet]:
-        ports = [local_stack.free_port() for _ in range(self._shape.routers)]
+        ports = [free_port() for _ in range(self._shape.routers)]
         with ExitStack() as running:
 
             def restart() -> None:
@@ -348,16 +349,9 @@ class PlainStack:
             yield Fleet([f"http://127.0.0.1:{port}" for port in ports], self._engines, restart, list)
 
     def _command(self, system: System, port: int) -> list[str]:
+        workers = {engine.url: events for engine, events in zip(self._engines, self._events, strict=True)}
         policy = system.value.removeprefix("vllm_router_")
-        command = [str(self._router.command), "--host", "127.0.0.1", "--port", str(port), "--policy", policy]
-        command += ["--prometheus-port", str(local_stack.free_port()), "--log-level", "error"]
-        command += ["--worker-urls", *(engine.url for engine in self._engines)]
-        if policy == "kv_aware":
-            command += ["--kv-event-model", MODEL, "--kv-event-block-size", str(BLOCK_SIZE)]
-            for engine, events in zip(self._engines, self._events, strict=True):
-                command += ["--kv-event-source", f"{engine.url}=tcp://127.0.0.1:{events}"]
-                command += ["--kv-event-replay-source", f"{engine.url}=tcp://127.0.0.1:{events + 1}"]
-        return command
+        return self._router.serving(port, policy, workers, MODEL, BLOCK_SIZE)
 
 
 @contextmanager
@@ -370,7 +364,7 @@ def plain_stack(
         started: list[subprocess.Popen[bytes]] = []
         say(f"starting {shape.engines} vLLM servers")
         for i in range(shape.engines):
-            port, events = local_stack.free_port(), free_pair()
+            port, events = free_port(), free_pair()
             name = f"engine-{i}"
             options = {"model": model_path, "served_model_name": MODEL, "host": "127.0.0.1", "port": port}
             options |= engine_options(kv_blocks, lmcache)
