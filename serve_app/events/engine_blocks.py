@@ -195,9 +195,7 @@ class EngineBlocks:
                 self.skipped["other_cache_group"] += 1
                 continue
             tier = _tier(event.medium)
-            gone = removed.get(tier)
-            if gone is None:
-                gone = removed[tier] = []
+            gone = removed.setdefault(tier, [])
             held, old = self._held.get(tier, {}), self._old.get(tier, {})
             for engine_hash in event.block_hashes:
                 packed = self._keys_of.get(engine_hash)

@@ -183,15 +183,15 @@ def decode_records(payload: bytes, chunk_size: int) -> Batch:
     skipped: Counter[str] = Counter()
     for record in body.events:
         salt = record.medium.partition("@")[2]
-        # LMCache's hash is the same whatever the salt.
-        names: list[EngineHash] = [chunk_hash + salt.encode() for chunk_hash in record.block_hashes]
+        suffix = salt.encode()  # LMCache's hash is the same whatever the salt
+        names: list[EngineHash] = [chunk_hash + suffix for chunk_hash in record.block_hashes]
         parent = record.parent_block_hash
         match record.kind:
             case "stored":
                 events.append(
                     BlockStored(
                         names,
-                        None if parent is None else parent + salt.encode(),
+                        None if parent is None else parent + suffix,
                         record.token_ids,
                         chunk_size,
                         medium=LMCACHE_MEDIUM,

@@ -6,9 +6,9 @@ log entry each: their order only matters where they are about the same block, so
     add a, remove b, add c, remove d  ->  add a c, remove b d
     add a, remove a, add c            ->  add a, remove a, add c
 
-When `flush` fails it
-is not known what arrived: the caller joins again under a new epoch, and everything older is void. What Redis lost
-later (a failover, a restart from an older snapshot, a deleted or evicted key) shows at the next heartbeat.
+When `flush` fails it is not known what arrived: the caller joins again under a new epoch, and everything older is void.
+What Redis lost later (a failover, a restart from an older snapshot, a deleted or evicted key) shows at the next
+heartbeat.
 """
 
 from __future__ import annotations

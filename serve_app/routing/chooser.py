@@ -143,8 +143,8 @@ class Chooser:
         if not tokens or not found.prompts:
             return {}
         keys = found.prompts[0].keys
-        start = min(held_tokens // found.block_size * KEY_BYTES, len(keys) - KEY_BYTES)
-        drawn = places(BlockKey(keys[max(start, 0) : max(start, 0) + KEY_BYTES]), pods)
+        start = max(0, min(held_tokens // found.block_size * KEY_BYTES, len(keys) - KEY_BYTES))
+        drawn = places(BlockKey(keys[start : start + KEY_BYTES]), pods)
         return {pod: place * tokens * self.rates.s_per_token(pod) for pod, place in drawn.items()}
 
     def _home(self, found: Found, held_tokens: int) -> PodId | None:
