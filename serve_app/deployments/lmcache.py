@@ -124,6 +124,8 @@ class LMCacheNode:
         except StoreError as error:
             logger.error("lmcache: %s", error)
             self._error = "" if self._port else str(error)  # with engines on its port, it is tried again
+            if self._port:  # it may have answered one of them before it ended
+                self._start_at_s = time.monotonic() + RESTART_AFTER_S
             return
         self._port, self._endpoint, self._error = self._server.port, self._server.endpoint, ""
         logger.info("lmcache: server at %s", self._endpoint)
