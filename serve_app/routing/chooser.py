@@ -165,7 +165,7 @@ class Chooser:
         turnover = self.turnover.shares(pods, now_s)
         for i, (prompt, matches) in enumerate(zip(found.prompts, found.matches, strict=True)):
             blocks = {pod: match.total_tokens // size for pod in pods if (match := matches.get(pod)) is not None}
-            soon = self.ledger.speculative_blocks(prompt.keys, blocks)
+            soon = self.ledger.speculative_blocks(prompt.keys, blocks, now_s)
             for pod in pods:
                 one = cost(
                     prompt.token_count,

@@ -55,8 +55,7 @@ class Ledger:
 
     def sent(self, pod: PodId, keys: BlockKeys, tokens: int, now_s: float) -> Entry:
         """A request was routed to `pod`, which has to compute `tokens` of it."""
-        if now_s >= self._turn_at_s:
-            self._turn(now_s)
+        self._turn(now_s)
         entry = Entry(pod, keys, tokens, now_s)
         self._entries.setdefault(pod, []).append(entry)
         self._queued[pod] = self._queued.get(pod, 0) + tokens
@@ -93,11 +92,12 @@ class Ledger:
     def queued_tokens(self, pod: PodId) -> int:
         return self._queued.get(pod, 0)
 
-    def speculative_blocks(self, keys: BlockKeys, matched: Mapping[PodId, int]) -> dict[PodId, int]:
+    def speculative_blocks(self, keys: BlockKeys, matched: Mapping[PodId, int], now_s: float) -> dict[PodId, int]:
         """How many blocks from the prompt's beginning each pod will hold; `matched` is what it holds now.
 
         Pods that gain nothing are left out.
         """
+        self._turn(now_s)
         starts: dict[int, int] = {}
         pods: dict[int, PodId] = {}
         for pod, blocks in matched.items():
@@ -137,9 +137,12 @@ class Ledger:
             self._queued[pod] = sum(entry.tokens for entry in left)
 
     def _turn(self, now_s: float) -> None:
-        """Start a new table; what is still open goes on to count."""
+        """When it is time, start a new table; what is still open goes on to count."""
+        late_s = now_s - self._turn_at_s
+        if late_s < 0:
+            return
         self._turn_at_s = now_s + SPECULATE_S
-        self._tables = (BlockTable(), self._tables[0])
+        self._tables = (BlockTable(), self._tables[0] if late_s < SPECULATE_S else BlockTable())
         for pod, entries in self._entries.items():
             for entry in entries:
                 if entry.keys:

@@ -41,7 +41,7 @@ def text(name: str, blocks: int) -> BlockKeys:
 def prompt(keys: BlockKeys, rest_tokens: int = 5, *, complete: bool = True) -> EncodedKeys:
     """Full blocks, and a few tokens that are in none."""
     tokens = len(keys) // KEY_BYTES * BLOCK_SIZE + rest_tokens
-    return EncodedKeys(keys, tokens, tokens, complete)
+    return EncodedKeys(keys, tokens, tokens, "" if complete else "tokens_late")
 
 
 class Router:

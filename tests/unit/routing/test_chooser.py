@@ -91,7 +91,7 @@ def test_a_pod_that_is_drained_is_not_chosen_and_leaves_nothing_behind() -> None
     assert chooser.in_flight.count(A, START_S) == 0
     assert chooser.in_flight.report(A) is None
     assert chooser.ledger.queued_tokens(A) == 0
-    assert chooser.ledger.speculative_blocks(keys, {A: 0}) == {}
+    assert chooser.ledger.speculative_blocks(keys, {A: 0}, START_S) == {}
     assert chooser.rates.s_per_token(A) == chooser.rates.s_per_token(C)
     assert chooser.turnover.shares([A, B], START_S)[A] == chooser.turnover.shares([A, B], START_S)[B]
 

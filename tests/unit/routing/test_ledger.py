@@ -21,10 +21,10 @@ def test_tokens_queue_and_blocks_will_be_there() -> None:
     keys = text("x", 6)
     ledger.sent(A, keys, 4 * 16, START_S)
     assert ledger.queued_tokens(A) == 64
-    assert ledger.speculative_blocks(keys, {A: 2, B: 0}) == {A: 6}
-    assert ledger.speculative_blocks(keys + text("more", 3), {A: 2}) == {A: 6}
-    assert ledger.speculative_blocks(keys, {A: 6}) == {}  # nothing beyond what it holds
-    assert ledger.speculative_blocks(text("y", 6), {A: 0}) == {}
+    assert ledger.speculative_blocks(keys, {A: 2, B: 0}, START_S) == {A: 6}
+    assert ledger.speculative_blocks(keys + text("more", 3), {A: 2}, START_S) == {A: 6}
+    assert ledger.speculative_blocks(keys, {A: 6}, START_S) == {}  # nothing beyond what it holds
+    assert ledger.speculative_blocks(text("y", 6), {A: 0}, START_S) == {}
     ledger.settle(lambda pods, last: [last == keys[-KEY_BYTES:]], START_S + 0.1)
     assert ledger.queued_tokens(A) == 0
 
@@ -95,14 +95,24 @@ def test_blocks_are_speculative_as_long_as_they_are_queued_and_a_while_longer() 
     ledger.sent(A, keys, 480, START_S)
     for i in range(1, 20):  # others come and make the tables turn
         ledger.sent(B, text(f"{i}", 3), 1, START_S + i * SPECULATE_S)
-        assert ledger.speculative_blocks(keys, {A: 0}) == {A: 30}
+        assert ledger.speculative_blocks(keys, {A: 0}, START_S + i * SPECULATE_S) == {A: 30}
     end_s = START_S + 20 * SPECULATE_S
     ledger.reported(A, PodLoad(0, end_s))
     ledger.sent(B, text("b", 3), 1, end_s)
-    assert ledger.speculative_blocks(keys, {A: 0}) == {A: 30}
+    assert ledger.speculative_blocks(keys, {A: 0}, end_s) == {A: 30}
     for i in range(1, 3):
         ledger.sent(B, text("b", 3), 1, end_s + i * SPECULATE_S)
-    assert ledger.speculative_blocks(keys, {A: 0}) == {}
+    assert ledger.speculative_blocks(keys, {A: 0}, end_s + 2 * SPECULATE_S) == {}
+
+
+def test_speculative_blocks_are_forgotten_in_a_pause() -> None:
+    """Whoever asks after it finds what the index knows, not what was sent before: the engine may have been reset."""
+    ledger = Ledger()
+    keys = text("x", 30)
+    ledger.sent(A, keys, 480, START_S)
+    ledger.reported(A, PodLoad(0, START_S + 1))
+    assert ledger.speculative_blocks(keys, {A: 0}, START_S + SPECULATE_S - 0.1) == {A: 30}
+    assert ledger.speculative_blocks(keys, {A: 0}, START_S + 2 * SPECULATE_S) == {}
 
 
 def test_withdraw() -> None:
@@ -133,16 +143,17 @@ def test_many_pods_come_and_go() -> None:
     keys = text("x", 5)
     for i in range(200):
         pod = PodId(f"pod {i}")
-        assert ledger.speculative_blocks(keys, {pod: 0}) == {}
+        assert ledger.speculative_blocks(keys, {pod: 0}, START_S) == {}
         ledger.sent(pod, text("y", 5), 1, START_S)
-        assert ledger.speculative_blocks(keys, {pod: 0}) == {}
+        assert ledger.speculative_blocks(keys, {pod: 0}, START_S) == {}
         ledger.sent(pod, keys, 1, START_S)
-        assert ledger.speculative_blocks(keys, {pod: 0}) == {pod: 5}
+        assert ledger.speculative_blocks(keys, {pod: 0}, START_S) == {pod: 5}
         ledger.keep_only([pod] if i % 2 else [])
     everybody = Ledger()
     for i in range(150):
         everybody.sent(PodId(f"{i}"), keys, 1, START_S)
-    assert everybody.speculative_blocks(keys, {PodId(f"{i}"): i % 5 for i in range(150)}) == {
+    held = {PodId(f"{i}"): i % 5 for i in range(150)}
+    assert everybody.speculative_blocks(keys, held, START_S) == {
         PodId(f"{i}"): 5 for i in range(150)
     }
 
