@@ -153,9 +153,7 @@ def test_many_pods_come_and_go() -> None:
     for i in range(150):
         everybody.sent(PodId(f"{i}"), keys, 1, START_S)
     held = {PodId(f"{i}"): i % 5 for i in range(150)}
-    assert everybody.speculative_blocks(keys, held, START_S) == {
-        PodId(f"{i}"): 5 for i in range(150)
-    }
+    assert everybody.speculative_blocks(keys, held, START_S) == {PodId(f"{i}"): 5 for i in range(150)}
 
 
 def test_in_flight_is_what_was_reported_and_what_was_sent_since() -> None:
