@@ -37,6 +37,10 @@ class CostSettings(_Settings):
     in_flight_tokens: Annotated[NonNegativeFloat, Field(description="What one request in flight costs.")] = (
         _WEIGHTS.in_flight_tokens
     )
+    imbalance_tokens: Annotated[
+        NonNegativeFloat,
+        Field(description="What it costs to have more than a share of the fleet's requests, by means."),
+    ] = _WEIGHTS.imbalance_tokens
     displace: Annotated[
         NonNegativeFloat, Field(description="What a computed token costs beyond its own time: others wait, blocks go.")
     ] = _WEIGHTS.displace
@@ -45,6 +49,7 @@ class CostSettings(_Settings):
         return CostWeights(
             tier_load={**TIER_LOAD, **{Tier(tier): share for tier, share in self.tier_load.items()}},
             in_flight_tokens=self.in_flight_tokens,
+            imbalance_tokens=self.imbalance_tokens,
             displace=self.displace,
         )
 

@@ -36,6 +36,7 @@ class Cost(NamedTuple):
     load_s: float = 0.0  # bringing matched tokens from slower tiers
     queue_s: float = 0.0  # prefill that was routed there before and is not done
     decode_s: float = 0.0  # requests that run there slow the prefill down
+    balance_s: float = 0.0  # it has more than its share of the fleet's requests: all that run there wait longer
     displace_s: float = 0.0  # what the new blocks push out, and whom the prefill delays, must be made good later
 
     @property

@@ -16,13 +16,13 @@ from serve_app.routing.baselines import SessionRing, Turns, by_load
 from serve_app.routing.choice import Choice, Cost, Outcome, Policy
 from serve_app.routing.costs import CostWeights, cost
 from serve_app.routing.homes import Homes
+from serve_app.routing.imbalance import imbalance
 from serve_app.routing.in_flight import InFlight
 from serve_app.routing.learning import PrefillRates
 from serve_app.routing.ledger import Entry, Held, Ledger
 from serve_app.routing.turnover import Turnover
-from serve_app.routing.unseen import Unseen, places
 from serve_app.scoring import Strategy, score_all
-from serve_app.types import BlockKey, BlockKeys, Found, PodId, PodLoad, PodMatch, Routed, Served
+from serve_app.types import BlockKeys, Found, PodId, PodLoad, PodMatch, Routed, Served
 
 SETTLE_S = 0.005  # the ledger is compared with the index at most this often
 
@@ -55,7 +55,6 @@ class Chooser:
         self.ledger = Ledger()
         self.rates = PrefillRates()
         self.turnover = Turnover()
-        self.unseen = Unseen()
         self._held = held
         self._homes = Homes()
         self._turns = Turns()
@@ -122,8 +121,7 @@ class Chooser:
         prompt_tokens = found.prompt_tokens
         held = {pod: prompt_tokens - compute for pod, (_, compute) in costs.items()}
         most = max(held.values(), default=0)
-        guesses = self._guesses(pods, found, most, now_s)
-        ranked = sorted(pods, key=lambda pod: (totals[pod] + guesses.get(pod, 0.0), turn[pod]))
+        ranked = sorted(pods, key=lambda pod: (totals[pod], turn[pod]))
         home = self._home(found, most)
         least = min(totals.values(), default=0.0)
         if home in totals and totals[home] <= least + found.block_size * self.rates.s_per_token(home):
@@ -136,16 +134,6 @@ class Chooser:
             outcome = Outcome.HIT if own >= found.block_size else Outcome.MISS
             reason = "prefix" if own > most - found.block_size else "balance"  # another one holds more, but is busy
         return Choice(ranked, outcome, why or reason, {pod: terms for pod, (terms, _) in costs.items()}, held)
-
-    def _guesses(self, pods: Sequence[PodId], found: Found, held_tokens: int, now_s: float) -> dict[PodId, float]:
-        """Seconds that other routers' unseen requests may add at each pod; drawn by the first block that none holds."""
-        tokens = self.unseen.tokens(now_s)
-        if not tokens or not found.prompts:
-            return {}
-        keys = found.prompts[0].keys
-        start = max(0, min(held_tokens // found.block_size * KEY_BYTES, len(keys) - KEY_BYTES))
-        drawn = places(BlockKey(keys[start : start + KEY_BYTES]), pods)
-        return {pod: place * tokens * self.rates.s_per_token(pod) for pod, place in drawn.items()}
 
     def _home(self, found: Found, held_tokens: int) -> PodId | None:
         """Who got the conversation's last request."""
@@ -163,6 +151,7 @@ class Chooser:
         size = found.block_size
         totals: dict[PodId, tuple[Cost, int]] = {}
         turnover = self.turnover.shares(pods, now_s)
+        uneven = imbalance(loads)
         for i, (prompt, matches) in enumerate(zip(found.prompts, found.matches, strict=True)):
             blocks = {pod: match.total_tokens // size for pod in pods if (match := matches.get(pod)) is not None}
             soon = self.ledger.speculative_blocks(prompt.keys, blocks, now_s)
@@ -173,6 +162,7 @@ class Chooser:
                     soon.get(pod, 0) * size,
                     0 if i else self.ledger.queued_tokens(pod),  # what is there already counts once
                     0 if i else loads[pod],
+                    0.0 if i else uneven[pod],
                     self.rates.s_per_token(pod),
                     turnover[pod],
                     self.weights,
@@ -219,7 +209,6 @@ class Chooser:
         self.ledger.sent(pod, keys, tokens, now_s)
         self._homes.sent(pod, keys)
         self.turnover.add(pod, tokens, now_s)
-        self.unseen.routed(tokens + self.weights.in_flight_tokens, now_s)
 
     def loaded(self, pod: PodId, load: PodLoad) -> None:
         """A pod has said how many requests it has."""

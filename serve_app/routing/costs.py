@@ -5,14 +5,16 @@ of prefill were routed to it that it has not done; its prefill takes 0.1 ms a to
 compute   200 * 0.1 ms                20 ms
 load      200 * 0.08 * 0.1 ms        1.6 ms
 queue     500 * 0.1 ms                50 ms
-decode    3 * 512 * 0.1 ms         153.6 ms
-displace  200 * 1.0 * 0.1 ms          20 ms      not part of the time to first token; where turnover is 1
+decode    3 * 8 * 0.1 ms             2.4 ms
+balance   0.02 * 16384 * 0.1 ms     32.8 ms      where the fleet's imbalance is 0.02
+displace  200 * 1.0 * 0.1 ms          20 ms      where turnover is 1
 
-Weights are in tokens of prefill, so that they fit a slow fleet as well as a fast one. `displace` is what makes the
-choice unselfish. Computing what another pod holds is not only this request's time: it holds up what decodes there, and
-it pushes as many tokens out of a full cache, to be computed again where they were still wanted (turnover.py). Without
-that term hits are given up for every short queue, caches fill with copies, and under load the hit rate falls
-(docs/benchmarks.md).
+Weights are in tokens of prefill, so that they fit a slow fleet as well as a fast one. The last two terms are no part of
+the request's own time to first token; they make the choice unselfish. `balance` is for the requests that run there
+(imbalance.py). `displace` is for those that come later: computing what another pod holds delays what decodes there, and
+pushes as many tokens out of a full cache, to be computed again where they were still wanted (turnover.py). Without it
+hits are given up for every short queue, caches fill with copies, and under load the hit rate falls; docs/benchmarks.md
+has the figures.
 """
 
 from __future__ import annotations
@@ -34,7 +36,8 @@ class CostWeights:
 
     tier_load: Mapping[Tier, float] = field(default_factory=lambda: TIER_LOAD)  # of a token's prefill
     unknown_tier_load: float = 0.3
-    in_flight_tokens: float = 512.0  # tokens of prefill that one request in flight costs
+    in_flight_tokens: float = 8.0  # tokens of prefill by which one request in flight slows another's
+    imbalance_tokens: float = 16_384.0  # what having twice the fleet's mean in flight costs, beyond chance
     displace: float = 1.0  # of the tokens to compute
 
 
@@ -44,6 +47,7 @@ def cost(
     soon_tokens: int,
     queued_tokens: float,
     in_flight: int,
+    imbalance: float,
     s_per_token: float,
     turnover: float,
     weights: CostWeights,
@@ -55,6 +59,7 @@ def cost(
         soon_tokens: how much it will hold when what was routed there before is done; at most that is speculative.
         queued_tokens: prefill that it has not done yet.
         in_flight: requests that it has.
+        imbalance: how many too many, in means of the fleet (imbalance.py).
         s_per_token: its time of prefill.
         turnover: how much was computed there lately, beside the pod where it was most: 0 to 1.
     """
@@ -69,6 +74,7 @@ def cost(
         load * s_per_token,
         queued_tokens * s_per_token,
         in_flight * weights.in_flight_tokens * s_per_token,
+        imbalance * weights.imbalance_tokens * s_per_token,
         compute * weights.displace * turnover * s_per_token,
     )
     return terms, compute

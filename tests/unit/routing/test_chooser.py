@@ -129,7 +129,7 @@ def test_prompts_of_a_request_are_summed() -> None:
     assert router.chooser.in_flight.count(B, START_S) == 1
     after = router.chooser.choose(router.pods, found, START_S)
     assert after.costs[B].queue_s == pytest.approx((found.prompt_tokens - 1280) / 15_000)  # once, not per prompt
-    assert after.costs[B].decode_s == pytest.approx(512 / 15_000)
+    assert after.costs[B].decode_s == pytest.approx(8 / 15_000)
     assert [route.keys for route in router.chooser.route(sent, found)] == [one]
     router.chooser.withdraw(sent)
     assert router.chooser.ledger.queued_tokens(B) == 0

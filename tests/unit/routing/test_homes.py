@@ -73,9 +73,11 @@ def test_it_moves_when_its_pod_is_busy() -> None:
     keys = text("conversation", 100)
     for pod in router.pods:
         router.stored(pod, keys)
-    home = router.route(keys)
+    home = router.answered(keys, START_S)
     other = B if home == A else A
-    assert router.choose(keys).ranked == [other, home]  # one request more there is enough
+    for in_flight, ranked in ((1, [home, other]), (4, [other, home])):
+        router.reported(home, in_flight, START_S + 2)
+        assert router.choose(keys, START_S + 3).ranked == ranked
 
 
 def test_it_moves_when_another_pod_holds_more() -> None:
