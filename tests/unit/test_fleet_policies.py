@@ -54,12 +54,13 @@ def test_baselines() -> None:
 def test_ours_goes_to_the_longest_prefix() -> None:
     builder = Builder(Keys())
     request = builder.request(0.0, (), 160, 5, 0)
-    policy = ChooserPolicy(FLEET, random.Random(0))
-    policy.on_stored(2, b"".join(request.prompt_keys[:4]), 0.0)
-    policy.on_stored(1, b"".join(request.prompt_keys[:6]), 0.0)
-    assert policy.route(request, 0.0, view(0, 3, 0, 0)) == 1
-    policy.on_removed(1, b"".join(request.prompt_keys), 0.0)
-    assert policy.route(request, 0.0, view(0, 3, 0, 0)) == 2
+    for removed, chosen in ((False, 1), (True, 2)):
+        policy = ChooserPolicy(FLEET, random.Random(0))
+        policy.on_stored(2, b"".join(request.prompt_keys[:4]), 0.0)
+        policy.on_stored(1, b"".join(request.prompt_keys[:6]), 0.0)
+        if removed:
+            policy.on_removed(1, b"".join(request.prompt_keys), 0.0)
+        assert policy.route(request, 0.0, view(0, 3, 0, 0)) == chosen
 
 
 def test_dynamo_cost_by_hand() -> None:
