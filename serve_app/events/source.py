@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from dataclasses import dataclass
 
 import zmq
@@ -122,8 +122,9 @@ class EventSource:
         self._last_live = seq
         if seq < self._next:
             return  # a replay has already brought it
-        if seq > self._next and self._replay_endpoint is not None:
-            yield from self._replay(seq)
+        if seq > self._next and self._replay_endpoint is not None and not (yield from self._replay(seq)):
+            self.caught_up = False  # late is not lost: the next call asks again, for this batch too
+            return
         yield self._accept(seq, payload)
 
     def _forget_life(self) -> None:
@@ -134,14 +135,15 @@ class EventSource:
         self._next, self._last_payload = seq + 1, payload
         return Received(seq, payload, lost=lost)
 
-    def _replay(self, until: int | None, timeout_s: float = REPLAY_TIMEOUT_S) -> Iterator[Received]:
-        """Take what the engine still has, from `_next` on and before `until`."""
+    def _replay(self, until: int | None, timeout_s: float = REPLAY_TIMEOUT_S) -> Generator[Received, None, bool]:
+        """Take what the engine still has, from `_next` on and before `until`. False: it broke off."""
         for seq, payload in self._ask(self._next, timeout_s):
             if seq == _END:
                 self.caught_up = True
-                return
+                return True
             if seq >= self._next and (until is None or seq < until):
                 yield self._accept(seq, payload)
+        return False
 
     def _ask(self, start: int, timeout_s: float = REPLAY_TIMEOUT_S) -> Iterator[tuple[int, bytes]]:
         """The engine's answer to a replay request, with its end mark; it breaks off when the engine is silent."""

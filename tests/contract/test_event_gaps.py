@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import signal
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
+from serve_app.events.source import EventSource, Received
 from serve_app.index.mirror import Mirror
+from serve_app.ports import free_port
 from serve_app.types import Trust
 from tests.engine import MODEL, POD, SIZE, Engine, PublisherProcess, engine_hash, matched
 from tests.helpers import eventually
+from tests.proxy import HOST, Proxy
 
 CAPACITY = 600  # blocks
 MUCH = 2000  # tokens of a batch that fills the sockets' buffers soon
@@ -105,6 +109,39 @@ def test_a_publisher_that_starts_after_the_buffer_is_degraded_until_the_cache_ha
     engine.store(range(20_000, 20_000 + CAPACITY * SIZE))
     eventually(lambda: mirror.trust(POD) is Trust.EXACT)
     publisher.kill()
+    engine.stop()
+
+
+def test_a_replay_that_is_late_is_asked_for_again(tmp_path: Path) -> None:
+    engine = Engine(tmp_path)
+    engine.stop()
+    port = free_port()
+    engine.replay_endpoint = f"tcp://{HOST}:{port}"
+    engine.start()
+    network = Proxy(port)
+    source = EventSource(engine.endpoint, f"tcp://{HOST}:{network.port}")
+    received: list[Received] = []
+
+    def hears(count: int) -> bool:
+        received.extend(source.read(100))
+        return len(received) == count
+
+    engine.store(range(16))
+    eventually(lambda: hears(1))
+    network.silence()
+    source.socket.unsubscribe("")
+    engine.store(range(16, 20))
+    eventually(engine.sent)
+    time.sleep(0.5)  # nobody takes that batch
+    source.socket.subscribe("")
+    time.sleep(0.5)
+    engine.store(range(20, 24))
+    eventually(lambda: hears(1) and not source.caught_up, 10)
+    network.heal()
+    eventually(lambda: hears(3), 15)
+    assert [(one.seq, one.lost, one.restarted) for one in received] == [(i, 0, False) for i in range(3)]
+    source.close()
+    network.close()
     engine.stop()
 
 
