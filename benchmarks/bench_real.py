@@ -39,9 +39,10 @@ from benchmarks.real.report import details, print_report, row  # noqa: E402
 from benchmarks.real.run import run_scenario  # noqa: E402
 from benchmarks.real.systems import MODEL, Stack, System, environment, plain_stack, serve_stack  # noqa: E402
 from benchmarks.real.workload import ANSWER_TOKENS, BLOCK_SIZE, Name, Size, oracle, scenarios  # noqa: E402
-from serve_app.model import resolve_model  # noqa: E402
+from serve_app.model import fast_dtype, resolve_model  # noqa: E402
 
 OUTPUT: Final = ROOT / "benchmarks/results/real.json"
+_SLOW_START_EVERY_S: Final = 6.0  # in float32 a document takes that long
 _NOTES: Final = (
     "Client, router and engines share the machine's cores; TTFT is as the client saw it.",
     "The oracle is one cache that never forgets; prompts only, whole blocks. After a reset it has lost what, under "
@@ -62,6 +63,9 @@ def main(
     quick: Annotated[bool, typer.Option("--quick", help="Half the documents and caches, fewer turns.")] = False,
     resume: Annotated[bool, typer.Option("--resume", help="Keep what the result file has, run what it lacks.")] = False,
     turns: Annotated[int | None, typer.Option(min=4, help="Questions per conversation in `base`.")] = None,
+    start_every: Annotated[
+        float | None, typer.Option(min=0, help="Seconds from one conversation's start to the next; default: 2.5, or 6.")
+    ] = None,
     router_venv: Annotated[
         Path, typer.Option(help="Environment of vllm-router; made, and the package installed, if it is absent.")
     ] = Path("/tmp/kvcache-vllm-router"),
@@ -74,11 +78,14 @@ def main(
     size = Size.quick() if quick else Size()
     if turns is not None:
         size = replace(size, turns=turns)
+    if start_every is not None or fast_dtype() != "bfloat16":
+        size = replace(size, start_every_s=_SLOW_START_EVERY_S if start_every is None else start_every)
     model_path = resolve_model(f"builtin:{MODEL}")
     every = scenarios(size, model_path)
     titles = {each.name.value: each.title for each in every}
     workload = {
         **asdict(size),
+        "dtype": fast_dtype(),
         "block_size": BLOCK_SIZE,
         "answer_tokens": ANSWER_TOKENS,
         "shapes": {each.name.value: asdict(each.shape) for each in every},

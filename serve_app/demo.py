@@ -29,6 +29,7 @@ from rich.table import Table
 
 from serve_app import local_stack
 from serve_app.config import REPLICA_HEADER
+from serve_app.model import fast_dtype
 
 BLOCK_SIZE = 32
 ANSWER_TOKENS = 24
@@ -128,11 +129,11 @@ def run_demo(workload: Workload, quickstart: Mapping[str, Any], output: Path) ->
 
 
 def _config(quickstart: Mapping[str, Any], workload: Workload, policy: str) -> dict[str, Any]:
-    """The quickstart config with the policy put in and the KV cache sized for the workload."""
+    """The quickstart config with the policy put in, the KV cache sized for the workload, and numbers that the CPU has."""
     config = copy.deepcopy(dict(quickstart))
     (llm,) = (app["args"] for app in config["applications"] if app["import_path"].endswith(":build_llm"))
     llm["routing"]["policy"] = policy
-    llm["llm"]["engine_kwargs"]["num_gpu_blocks_override"] = workload.kv_blocks_per_replica
+    llm["llm"]["engine_kwargs"] |= {"num_gpu_blocks_override": workload.kv_blocks_per_replica, "dtype": fast_dtype()}
     return config
 
 

