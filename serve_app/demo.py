@@ -129,7 +129,7 @@ def run_demo(workload: Workload, quickstart: Mapping[str, Any], output: Path) ->
 
 
 def _config(quickstart: Mapping[str, Any], workload: Workload, policy: str) -> dict[str, Any]:
-    """The quickstart config with the policy put in, the KV cache sized for the workload, and numbers that the CPU has."""
+    """The quickstart config with the policy, a KV cache sized for the workload, and numbers that the CPU has."""
     config = copy.deepcopy(dict(quickstart))
     (llm,) = (app["args"] for app in config["applications"] if app["import_path"].endswith(":build_llm"))
     llm["routing"]["policy"] = policy
