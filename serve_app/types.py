@@ -173,3 +173,4 @@ class PodLoad:
 
     in_flight: int  # requests that the engine has accepted and not finished
     received_at_s: float  # receiver's monotonic clock
+    unused_blocks: int = 0  # blocks of its GPU cache that hold nothing; 0 also if that is not known

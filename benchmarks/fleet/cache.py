@@ -45,6 +45,11 @@ class BlockCache:
     def free_blocks(self) -> int:
         return len(self._free)
 
+    @property
+    def unused_blocks(self) -> int:
+        """Blocks that hold nothing that could be hit."""
+        return self.capacity_blocks - len(self._cached)
+
     def match(self, keys: Sequence[BlockKey], limit: int) -> list[int]:
         """Blocks that hold the longest known prefix of `keys[:limit]`."""
         found: list[int] = []
@@ -151,6 +156,11 @@ class SharedCache(BlockCache):
     @property
     def free_blocks(self) -> int:
         return 1 << 60
+
+    @property
+    def unused_blocks(self) -> int:
+        """Blocks that hold nothing that could be hit."""
+        return self.capacity_blocks - len(self._cached)
 
     def match(self, keys: Sequence[BlockKey], limit: int) -> list[int]:
         found = 0

@@ -54,7 +54,7 @@ class ChooserPolicy(CacheAware):
         return int(pod)
 
     def on_load_report(self, replica: int, report: LoadReport, now_s: float) -> None:
-        self.chooser.loaded(self.pods[replica], PodLoad(report.in_flight, now_s))
+        self.chooser.loaded(self.pods[replica], PodLoad(report.in_flight, now_s, report.unused_blocks))
 
     def on_peer(self, router: int, message: Route, now_s: float) -> None:
         replica, keys, tokens = message

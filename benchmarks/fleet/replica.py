@@ -89,7 +89,12 @@ class Replica:
         cache = self.cache
         used = cache.capacity_blocks - cache.free_blocks if cache.capacity_blocks else 0
         return LoadReport(
-            now_s, in_flight, len(self._waiting), self._waiting_tokens, used / max(cache.capacity_blocks, 1)
+            now_s,
+            in_flight,
+            len(self._waiting),
+            self._waiting_tokens,
+            used / max(cache.capacity_blocks, 1),
+            cache.unused_blocks,
         )
 
     # -- one step -----------------------------------------------------------------------------------------------

@@ -62,6 +62,7 @@ class LoadReport:
     waiting: int  # of these, not scheduled yet
     waiting_tokens: int  # prompt tokens of those, cached or not
     kv_used_share: float  # blocks that running requests hold / all blocks
+    unused_blocks: int = 0  # blocks of the cache that hold nothing
 
 
 @dataclass(slots=True)

@@ -131,6 +131,13 @@ class EngineBlocks:
         packed = {tier: b"".join((*self._old.get(tier, ()), *self._held.get(tier, ()))) for tier in tiers}
         return {tier: keys for tier, keys in packed.items() if keys}
 
+    @property
+    def unused(self) -> int:
+        """Blocks of the GPU cache that hold nothing; 0 if that is not known."""
+        if self.degraded:
+            return 0
+        return max(0, self.capacity - len(self._held.get(GPU, ())))
+
     def __len__(self) -> int:
         return sum(map(len, self._held.values())) + sum(map(len, self._old.values()))
 

@@ -115,7 +115,7 @@ class Publisher:
         self._last_epoch = 0
         self._in_flight: int | None = None
         self._served: deque[Served] = deque(maxlen=SERVED_MAX)  # not yet reported
-        self._reported_in_flight: int | None = None
+        self._reported_load: tuple[int, int] | None = None  # requests in flight, unused blocks
         self._reported_at_s = self._heartbeat_at_s = self._retry_at_s = 0.0
         self._applied = self._lost = self._joins = 0
         self._skipped: Counter[str] = Counter()
@@ -285,11 +285,13 @@ class Publisher:
     def _report_load(self, now_s: float) -> None:
         if self._domain is None or self._in_flight is None:
             return
-        changed = self._in_flight != self._reported_in_flight or bool(self._served)
+        load = self._in_flight, self._blocks.unused if self._blocks is not None else 0
+        changed = load != self._reported_load or bool(self._served)
         if now_s >= self._reported_at_s + (LOAD_REPORT_S if changed else HEARTBEAT_S):
             self._reported_at_s = now_s
-            self._reported_in_flight = self._in_flight
-            self._writer.report_load(self._domain.id, self._domain.epoch, self._in_flight, self._served)
+            self._reported_load = load
+            in_flight, unused_blocks = load
+            self._writer.report_load(self._domain.id, self._domain.epoch, in_flight, self._served, unused_blocks)
             self._served.clear()
 
     def _read_feed(self) -> bool:

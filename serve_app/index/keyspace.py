@@ -108,6 +108,7 @@ class LogRecord(msgspec.Struct, array_like=True, frozen=True):
     served: tuple[Served, ...] = ()  # with `load`: requests that have ended since the one before
     router: str = ""  # with `route`: who routed; `domain` is the pod, `keys` are blocks that it did not hold
     tokens: int = 0  # with `route`: prefill that it has to do
+    unused_blocks: int = 0  # with `load`: blocks of the GPU cache that hold nothing; 0 also if that is not known
 
 
 class SeqRecord(msgspec.Struct, array_like=True, frozen=True):

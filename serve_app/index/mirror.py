@@ -283,7 +283,7 @@ class Mirror:
                 index.leave(domain, epoch)
                 self._forget(domain)
             case "load":
-                self._note_load(domain, record.in_flight)
+                self._note_load(domain, record.in_flight, record.unused_blocks)
                 if record.served:
                     self._served.append((PodId(record.domain), record.served))
             case "route":
@@ -375,10 +375,10 @@ class Mirror:
                 pipeline.xadd(self._keys.log, {LOG_FIELD: encode(LogRecord("leave", domain.id, domain.epoch))})
                 pipeline.execute()
 
-    def _note_load(self, domain_id: DomainId, in_flight: int) -> None:
+    def _note_load(self, domain_id: DomainId, in_flight: int, unused_blocks: int = 0) -> None:
         domain = self._index.domain(domain_id)
         if domain is not None and domain.pod is not None:
-            self._loads[domain.pod] = PodLoad(in_flight, time.monotonic())
+            self._loads[domain.pod] = PodLoad(in_flight, time.monotonic(), unused_blocks)
 
     def _forget(self, domain: DomainId) -> None:
         self._heartbeats.pop(domain, None)

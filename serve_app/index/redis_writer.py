@@ -184,10 +184,17 @@ class RedisWriter:
             and sizes == [self._set_sizes[name] for name in sets]  # a set may be evicted, or deleted by a person
         )
 
-    def report_load(self, domain: DomainId, epoch: Epoch, in_flight: int, served: Sequence[Served] = ()) -> None:
-        """Tell the routers how many requests the engine has, and of those that ended (buffered, as the changes are)."""
+    def report_load(
+        self, domain: DomainId, epoch: Epoch, in_flight: int, served: Sequence[Served] = (), unused_blocks: int = 0
+    ) -> None:
+        """Tell the routers how many requests the engine has, of those that ended, and how much room its cache has left.
+
+        Buffered, as the changes are.
+        """
         if self._current(domain, epoch) is not None:
-            self._append(LogRecord("load", domain, epoch, in_flight=in_flight, served=tuple(served)))
+            self._append(
+                LogRecord("load", domain, epoch, in_flight=in_flight, served=tuple(served), unused_blocks=unused_blocks)
+            )
 
     def close(self) -> None:
         self._redis.close()

@@ -14,7 +14,7 @@ from typing import NamedTuple
 from serve_app.blocks import KEY_BYTES
 from serve_app.routing.baselines import SessionRing, Turns, by_load
 from serve_app.routing.choice import Choice, Cost, Outcome, Policy
-from serve_app.routing.costs import CostWeights, cost
+from serve_app.routing.costs import CostWeights, cost, tokens_to_compute
 from serve_app.routing.homes import Homes
 from serve_app.routing.imbalance import imbalance
 from serve_app.routing.in_flight import InFlight
@@ -155,20 +155,36 @@ class Chooser:
         for i, (prompt, matches) in enumerate(zip(found.prompts, found.matches, strict=True)):
             blocks = {pod: match.total_tokens // size for pod in pods if (match := matches.get(pod)) is not None}
             soon = self.ledger.speculative_blocks(prompt.keys, blocks, now_s)
+            compute = {
+                pod: tokens_to_compute(prompt.token_count, matches.get(pod, _NOTHING), soon.get(pod, 0) * size)
+                for pod in pods
+            }
+            evicted = self._evicted_tokens(min(compute.values(), default=0), pods, size)
             for pod in pods:
-                one = cost(
-                    prompt.token_count,
+                terms = cost(
+                    compute[pod],
                     matches.get(pod, _NOTHING),
-                    soon.get(pod, 0) * size,
                     0 if i else self.ledger.queued_tokens(pod),  # what is there already counts once
                     0 if i else loads[pod],
                     0.0 if i else uneven[pod],
                     self.rates.s_per_token(pod),
                     turnover[pod],
+                    evicted[pod],
                     self.weights,
                 )
+                one = terms, compute[pod]
                 totals[pod] = one if not i else _sum(totals[pod], one)
         return totals
+
+    def _evicted_tokens(self, new_tokens: int, pods: Sequence[PodId], block_size: int) -> dict[PodId, int]:
+        """Of tokens that no pod holds: for how many each must push out others, beyond the pod with most room."""
+        evicted = {}
+        for pod in pods:
+            report = self.in_flight.report(pod)
+            room = report.unused_blocks * block_size - self.ledger.queued_tokens(pod) if report is not None else 0
+            evicted[pod] = max(new_tokens - max(room, 0), 0)
+        least = min(evicted.values(), default=0)
+        return {pod: tokens - least for pod, tokens in evicted.items()}
 
     # -- what became of it ----------------------------------------------------------------------------------------
 

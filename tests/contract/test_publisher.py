@@ -75,6 +75,20 @@ def test_load_reports_reach_the_mirror(publisher: PublisherProcess, mirror: Mirr
     eventually(lambda: (load := mirror.load(POD)) is not None and load.in_flight == 0)
 
 
+def test_the_room_that_is_left_in_the_cache_reaches_the_mirror(engine: Engine, redis_url: str, mirror: Mirror) -> None:
+    publisher = PublisherProcess(engine, redis_url, capacity=10)
+    publisher.tell(msgspec.json.encode(Feed(1)))  # and then only the cache changes
+    for act, unused in (
+        (lambda: engine.store(range(4 * SIZE)), 6),
+        (lambda: engine.remove(range(SIZE)), 7),
+        (lambda: engine.send(AllBlocksCleared()), 10),
+        (lambda: engine.store(range(12 * SIZE)), 0),  # no less than none
+    ):
+        act()
+        eventually(lambda: (load := mirror.load(POD)) is not None and load.unused_blocks == unused)  # noqa: B023
+    publisher.kill()
+
+
 def test_an_idle_publishers_heartbeat_goes_on_changing(publisher: PublisherProcess, mirror: Mirror) -> None:
     """By that a mirror tells a late one from one that has nothing new to say."""
 

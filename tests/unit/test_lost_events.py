@@ -102,6 +102,18 @@ def test_a_prompt_in_use_survives_and_brings_its_whole_prefix_along() -> None:
     assert blocks.apply([BlockRemoved([b"b"]), BlockRemoved([b"x"])]) == [Removed(GPU, k2)]
 
 
+def test_how_much_is_unused_is_not_known_in_doubt_or_without_the_capacity() -> None:
+    pool, blocks, unknown = LruPool(), EngineBlocks(MODEL, SIZE, CAPACITY), EngineBlocks(MODEL, SIZE)
+    events = pool.ask([1] * (4 * SIZE))
+    blocks.apply(events)
+    unknown.apply(events)
+    assert (blocks.unused, unknown.unused) == (CAPACITY - len(pool.held), 0)
+    blocks.doubt()
+    assert blocks.unused == 0
+    blocks.clear()
+    assert blocks.unused == CAPACITY
+
+
 def test_without_a_known_capacity_the_doubt_stays() -> None:
     blocks = EngineBlocks(MODEL, SIZE)
     blocks.doubt()

@@ -81,8 +81,8 @@ class Router:
         """The pod's events have said so."""
         self.index.add(DomainId(pod), Epoch(1), tier, keys)
 
-    def reported(self, pod: PodId, in_flight: int, now_s: float) -> None:
-        self.chooser.loaded(pod, PodLoad(in_flight, now_s))
+    def reported(self, pod: PodId, in_flight: int, now_s: float, unused_blocks: int = 0) -> None:
+        self.chooser.loaded(pod, PodLoad(in_flight, now_s, unused_blocks))
 
     def answered(self, keys: BlockKeys, now_s: float) -> PodId:
         """A request that is served before the next one comes, on a fleet that has nothing else to do."""

@@ -114,6 +114,35 @@ def test_a_new_pod_gets_work_at_once() -> None:
     assert [router.route(text(f"later {i}", 50)) for i in range(8)] == [C] * 8
 
 
+@pytest.mark.parametrize(
+    ("unused", "at_b"),
+    [
+        (0, 2),  # both are full: as much here as there
+        (
+            300,
+            3,
+        ),  # B lost its blocks: what is new pushes nothing out there; a queue of two prompts is worth the eviction
+        (45, 2),  # there is room for one, and what is under way counts
+    ],
+)
+def test_new_prompts_go_where_there_is_room(unused: int, at_b: int) -> None:
+    router = Router([A, B])
+    for pod, of_pod in ((A, 0), (B, unused)):
+        router.route(text(f"before {pod}", 4000), START_S)  # alike: their caches have been turned over
+        router.stored(pod, text(f"before {A}", 4000) + text(f"before {B}", 4000))
+        router.reported(pod, 0, START_S + 1, of_pod)
+    got = Counter(router.route(text(f"document {i}", 45), START_S + 2) for i in range(4))
+    assert got[B] == at_b
+
+
+def test_what_another_pod_holds_is_no_better_off_where_there_is_room() -> None:
+    router = Router([A, B])
+    keys = text("x", 45)
+    router.stored(A, keys)
+    router.reported(B, 0, START_S, 300)
+    assert router.choose(keys).ranked == [A, B]
+
+
 def test_prompts_of_a_request_are_summed() -> None:
     router = Router([A, B, C])
     one, two, three = text("one", 40), text("two", 40), text("three", 40)
