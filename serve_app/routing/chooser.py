@@ -60,6 +60,7 @@ class Chooser:
         self._turns = Turns()
         self._ring = SessionRing()
         self._settle_at_s = 0.0
+        self._unused_blocks: dict[PodId, int] = {}  # of caches that are not full
 
     # -- the choice -----------------------------------------------------------------------------------------------
 
@@ -169,22 +170,21 @@ class Chooser:
                     0.0 if i else uneven[pod],
                     self.rates.s_per_token(pod),
                     turnover[pod],
-                    evicted[pod],
+                    evicted.get(pod, 0),
                     self.weights,
                 )
                 one = terms, compute[pod]
                 totals[pod] = one if not i else _sum(totals[pod], one)
         return totals
 
-    def _evicted_tokens(self, new_tokens: int, pods: Sequence[PodId], block_size: int) -> dict[PodId, int]:
+    def _evicted_tokens(self, new_tokens: int, pods: Sequence[PodId], block_size: int) -> Mapping[PodId, int]:
         """Of tokens that no pod holds: for how many each must push out others, beyond the pod with most room."""
         evicted = {}
-        for pod in pods:
-            report = self.in_flight.report(pod)
-            room = report.unused_blocks * block_size - self.ledger.queued_tokens(pod) if report is not None else 0
+        for pod in pods if self._unused_blocks else ():
+            room = self._unused_blocks.get(pod, 0) * block_size - self.ledger.queued_tokens(pod)
             evicted[pod] = max(new_tokens - max(room, 0), 0)
         least = min(evicted.values(), default=0)
-        return {pod: tokens - least for pod, tokens in evicted.items()}
+        return {pod: tokens - least for pod, tokens in evicted.items() if tokens > least}
 
     # -- what became of it ----------------------------------------------------------------------------------------
 
@@ -230,6 +230,10 @@ class Chooser:
         """A pod has said how many requests it has."""
         if load is not self.in_flight.report(pod):
             self.in_flight.reported(pod, load)
+            if load.unused_blocks:
+                self._unused_blocks[pod] = load.unused_blocks
+            else:
+                self._unused_blocks.pop(pod, None)
             self.ledger.reported(pod, load)
 
     def served(self, pod: PodId, requests: Sequence[Served]) -> None:
@@ -243,6 +247,7 @@ class Chooser:
         self.rates.keep_only(pods)
         self.turnover.keep_only(pods)
         self._turns.keep_only(pods)
+        self._unused_blocks = {pod: self._unused_blocks[pod] for pod in self._unused_blocks.keys() & set(pods)}
 
 
 def _sum(one: tuple[Cost, int], other: tuple[Cost, int]) -> tuple[Cost, int]:

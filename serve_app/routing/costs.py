@@ -49,8 +49,8 @@ def tokens_to_compute(prompt_tokens: int, match: PodMatch, soon_tokens: int) -> 
         match: what it holds; what is not trusted counts less.
         soon_tokens: how much it will hold when what was routed there before is done; at most that is speculative.
     """
-    held = max(int(match.total_tokens * TRUST_WEIGHTS[match.trust]), soon_tokens)
-    return max(prompt_tokens - held, 1)
+    held = int(match.total_tokens * TRUST_WEIGHTS[match.trust]) if match.tokens else 0
+    return max(prompt_tokens - max(held, soon_tokens), 1)
 
 
 def cost(
@@ -76,7 +76,9 @@ def cost(
         turnover: how much was computed there lately, beside the pod where it was most: 0 to 1.
         evicted_tokens: what this pod must push out for it, beyond what the pod with most room must.
     """
-    load = sum(tokens * weights.tier_load.get(tier, weights.unknown_tier_load) for tier, tokens in match.tokens.items())
+    load = 0.0
+    for tier, tokens in match.tokens.items():
+        load += tokens * weights.tier_load.get(tier, weights.unknown_tier_load)
     displaced = compute_tokens * turnover + evicted_tokens
     return Cost(
         compute_tokens * s_per_token,

@@ -31,6 +31,8 @@ def imbalance(loads: Mapping[PodId, int]) -> dict[PodId, float]:
         return {}
     mean = sum(loads.values()) / len(loads)
     unit = max(mean, FEW)
+    if max(loads.values()) - mean <= CHANCE * unit >= mean - min(loads.values()):
+        return dict.fromkeys(loads, 0.0)  # the usual case
     beyond = {pod: _beyond_chance((count - mean) / unit) for pod, count in loads.items()}
     least = min(beyond.values())
     return {pod: value - least for pod, value in beyond.items()}

@@ -83,7 +83,7 @@ def test_a_pod_that_is_drained_is_not_chosen_and_leaves_nothing_behind() -> None
     for _ in range(5):
         assert router.route(keys + text("y", 50)) == A
     router.chooser.served(A, [served(1000, 9.0)] * 64)
-    router.reported(A, 5, START_S)
+    router.reported(A, 5, START_S, 700)
     router.pods = [B]  # the index has it still: its blocks are not what makes it a candidate
     router.chooser.keep_only([B])
     assert router.choose(keys).ranked == [B]
@@ -93,6 +93,7 @@ def test_a_pod_that_is_drained_is_not_chosen_and_leaves_nothing_behind() -> None
     assert chooser.ledger.queued_tokens(A) == 0
     assert chooser.ledger.speculative_blocks(keys, {A: 0}, START_S) == {}
     assert chooser.rates.s_per_token(A) == chooser.rates.s_per_token(C)
+    assert not chooser._unused_blocks
     assert chooser.turnover.shares([A, B], START_S)[A] == chooser.turnover.shares([A, B], START_S)[B]
 
 
