@@ -127,7 +127,8 @@ class LMCacheSource:
         try:
             header = _decode_header(payload)
         except msgspec.DecodeError as error:
-            raise WireError(f"not a batch of LMCache's stream: {error}") from error
+            logger.error("this is no batch of LMCache's stream as version 0.5 has it: %s", error)
+            return  # and is not acknowledged: nothing comes after it
         if not header.enabled:
             logger.error("the LMCache server keeps no event log (--kv-event-log-size 0, or no observability)")
             return

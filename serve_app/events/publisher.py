@@ -118,6 +118,7 @@ class Publisher:
         self._reported_load: tuple[int, int] | None = None  # requests in flight, unused blocks
         self._reported_at_s = self._heartbeat_at_s = self._retry_at_s = 0.0
         self._applied = self._lost = self._joins = 0
+        self._lost_in_life = False  # of the engine
         self._skipped: Counter[str] = Counter()
         self._retry_s = RETRY_S
         self._faults = FaultLog(logger, "publishing everything again when it does as it is asked")
@@ -164,11 +165,11 @@ class Publisher:
         for received in batches:
             if received.restarted:
                 logger.info("the engine has restarted: its old blocks are void")
-                if self._blocks is not None:
-                    self._blocks.clear()
+                self._forget_blocks()
                 self._domain = None
             if received.lost:
                 self._lost += received.lost
+                self._lost_in_life = True
                 logger.warning("%d event batches before %d are lost", received.lost, received.seq)
                 if self._blocks is not None:
                     self._blocks.doubt()
@@ -194,12 +195,21 @@ class Publisher:
             if not size:
                 return
             self._blocks = self._new_blocks(size)
-            if self._lost:
+            if self._lost_in_life:
                 self._blocks.doubt()
         own = [event for event in batch.events if _is_gpu(event)] if self._config.attached else batch.events
         changes = self._blocks.apply(own)
         if self._domain is not None:
             self._publish(self._domain, changes)
+
+    def _forget_blocks(self) -> None:
+        """The engine holds nothing of its former life; it may even have come back with another block size."""
+        self._lost_in_life = False
+        if self._blocks is not None and self._config.block_size:
+            self._blocks.clear()
+        elif self._blocks is not None:
+            self._skipped.update(self._blocks.skipped)
+            self._blocks = None
 
     def _new_blocks(self, block_size: int) -> EngineBlocks:
         config = self._config

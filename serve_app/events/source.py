@@ -2,7 +2,8 @@
 
 Wire format (vLLM `ZmqEventPublisher`): the PUB socket sends `[topic, 8-byte big-endian sequence, payload]`, numbered
 from 0 in every life of the engine. The ROUTER socket answers `["", 8-byte start sequence]` with every batch that it
-still has from there on, as `["", topic, sequence, payload]`, and ends with sequence -1. It keeps the last 10,000.
+still has from there on, as `["", topic, sequence, payload]`, in older versions without the topic, and ends with
+sequence -1. It keeps the last 10,000.
 
     live 0 1 2 5      -> 3 and 4 are asked for again, then 5
     live 7 8 0        -> a new life: everything known of the old one is void
@@ -14,6 +15,7 @@ engine is asked for the last batch that we applied: the same bytes mean the same
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import time
 from collections.abc import Generator, Iterator
@@ -92,17 +94,27 @@ class EventSource:
                 continue
             self._check_at_s = time.monotonic() + IDLE_CHECK_S
             yield from self._in_order(int.from_bytes(raw_seq, "big"), payload)
+            if not self.caught_up:
+                return
 
     def _check_idle(self) -> Iterator[Received]:
         """A gap shows with the batch after it. The last batches have none: ask for them."""
         if time.monotonic() >= self._check_at_s:
-            yield from self._replay(None, _IDLE_ANSWER_S)
+            yield from self._replay(_IDLE_ANSWER_S)
             self._check_at_s = time.monotonic() + IDLE_CHECK_S
 
     def _watch_connection(self) -> None:
         while self.monitor.poll(0):
             self.connected = recv_monitor_message(self.monitor)["event"] == zmq.EVENT_CONNECTED
             self.caught_up = self._replay_endpoint is None
+            if not self.connected:
+                self._drop_unread()
+
+    def _drop_unread(self) -> None:
+        """Nobody knows whose life goes on with the next connection; if it is the same, a replay has these."""
+        with contextlib.suppress(zmq.Again):
+            while True:
+                self.socket.recv_multipart(zmq.NOBLOCK)
 
     def _catch_up(self) -> Iterator[Received]:
         """Go on after the last batch we applied, if the engine still is the one that sent it; else start anew."""
@@ -113,7 +125,7 @@ class EventSource:
             if first != (self._next - 1, self._last_payload):
                 self._forget_life()
                 yield Received(-1, None, restarted=True)
-        yield from self._replay(None)
+        yield from self._replay()
 
     def _in_order(self, seq: int, payload: bytes) -> Iterator[Received]:
         if seq <= self._last_live:
@@ -122,9 +134,12 @@ class EventSource:
         self._last_live = seq
         if seq < self._next:
             return  # a replay has already brought it
-        if seq > self._next and self._replay_endpoint is not None and not (yield from self._replay(seq)):
-            self.caught_up = False  # late is not lost: the next call asks again, for this batch too
-            return
+        if seq > self._next and self._replay_endpoint is not None:
+            if not (yield from self._replay()):
+                self.caught_up = False  # late is not lost: the next call asks again, for this batch too
+                return
+            if seq < self._next:
+                return
         yield self._accept(seq, payload)
 
     def _forget_life(self) -> None:
@@ -135,13 +150,17 @@ class EventSource:
         self._next, self._last_payload = seq + 1, payload
         return Received(seq, payload, lost=lost)
 
-    def _replay(self, until: int | None, timeout_s: float = REPLAY_TIMEOUT_S) -> Generator[Received, None, bool]:
-        """Take what the engine still has, from `_next` on and before `until`. False: it broke off."""
+    def _replay(self, timeout_s: float = REPLAY_TIMEOUT_S) -> Generator[Received, None, bool]:
+        """Take what the engine still has, from `_next` on. False: not all of it came."""
+        any_yet = False
         for seq, payload in self._ask(self._next, timeout_s):
             if seq == _END:
                 self.caught_up = True
                 return True
-            if seq >= self._next and (until is None or seq < until):
+            if any_yet and seq > self._next:
+                return False  # a hole in the answer is no loss; what is before its beginning is
+            any_yet = True
+            if seq >= self._next:
                 yield self._accept(seq, payload)
         return False
 
@@ -151,10 +170,11 @@ class EventSource:
             return
         socket = self._context.socket(zmq.DEALER)
         try:
+            socket.setsockopt(zmq.RCVHWM, 0)  # the engine's ROUTER drops what a full peer does not take
             socket.connect(self._replay_endpoint)
             socket.send_multipart((b"", start.to_bytes(8, "big")))
             while socket.poll(int(timeout_s * 1000)):
-                _, _, raw_seq, payload = socket.recv_multipart()
+                *_, raw_seq, payload = socket.recv_multipart()  # at least these two, by our own request
                 seq = int.from_bytes(raw_seq, "big", signed=True)
                 yield seq, payload
                 if seq == _END:

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import signal
+import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import zmq
 
-from serve_app.events.source import EventSource, Received
+from serve_app.events.source import REPLAY_TIMEOUT_S, EventSource, Received
 from serve_app.index.mirror import Mirror
 from serve_app.ports import free_port
 from serve_app.types import Trust
@@ -135,14 +137,85 @@ def test_a_replay_that_is_late_is_asked_for_again(tmp_path: Path) -> None:
     time.sleep(0.5)  # nobody takes that batch
     source.socket.subscribe("")
     time.sleep(0.5)
-    engine.store(range(20, 24))
-    eventually(lambda: hears(1) and not source.caught_up, 10)
+    for start in range(20, 40, 4):
+        engine.store(range(start, start + 4))
+    eventually(engine.sent)
+    time.sleep(0.5)
+    began_s = time.monotonic()
+    assert hears(1)
+    assert not source.caught_up
+    assert time.monotonic() - began_s < 2 * REPLAY_TIMEOUT_S  # it is not asked once for every batch that waits
     network.heal()
-    eventually(lambda: hears(3), 15)
-    assert [(one.seq, one.lost, one.restarted) for one in received] == [(i, 0, False) for i in range(3)]
+    eventually(lambda: hears(7), 15)
+    assert [(one.seq, one.lost, one.restarted) for one in received] == [(i, 0, False) for i in range(7)]
     source.close()
     network.close()
     engine.stop()
+
+
+def test_a_long_replay_to_a_slow_reader_has_no_holes(tmp_path: Path) -> None:
+    engine = Engine(tmp_path)
+    engine.store_and_wait(6000)
+    source = EventSource(engine.endpoint, engine.replay_endpoint)
+    seen: list[tuple[int, int]] = []
+
+    def read() -> bool:
+        for received in source.read(100):
+            seen.append((received.seq, received.lost))
+            time.sleep(0.0002)
+        return len(seen) >= 6000
+
+    eventually(read, 30)
+    assert seen == [(i, 0) for i in range(6000)]
+    source.close()
+    engine.stop()
+
+
+def test_what_was_unread_of_a_former_life_is_not_taken_for_the_new_one(tmp_path: Path) -> None:
+    engine = Engine(tmp_path)
+    source = EventSource(engine.endpoint, engine.replay_endpoint)
+    received: list[Received] = []
+
+    def hears(count: int) -> bool:
+        received.extend(source.read(100))
+        return len(received) >= count
+
+    engine.store(range(4))
+    eventually(lambda: hears(1))
+    engine.store(range(4, 8))
+    engine.store(range(8, 12))
+    eventually(lambda: bool(source.socket.poll(0)))
+    time.sleep(0.3)  # both have arrived, and nobody looks
+    engine.restart()
+    engine.store(range(100, 104))
+    eventually(lambda: hears(3), 10)
+    assert [(one.seq, one.restarted) for one in received] == [(0, False), (-1, True), (0, False)]
+    assert received[2].payload != received[0].payload
+    source.close()
+    engine.stop()
+
+
+def test_an_older_engine_replays_without_the_topic(tmp_path: Path) -> None:
+    endpoint, replay_endpoint = f"ipc://{tmp_path}/events", f"ipc://{tmp_path}/replay"
+    context: zmq.Context[zmq.Socket[bytes]] = zmq.Context.instance()
+    with context.socket(zmq.PUB) as events, context.socket(zmq.ROUTER) as replay:
+        events.bind(endpoint)
+        replay.bind(replay_endpoint)
+        source = EventSource(endpoint, replay_endpoint)
+
+        def answer() -> None:
+            who, _, start = replay.recv_multipart()
+            assert int.from_bytes(start, "big") == 0
+            for seq, payload in ((0, b"first"), (1, b"second"), (-1, b"")):
+                replay.send_multipart([who, b"", seq.to_bytes(8, "big", signed=True), payload])
+
+        engine = threading.Thread(target=answer)
+        engine.start()
+        received: list[Received] = []
+        eventually(lambda: bool(received.extend(source.read(10)) or len(received) == 2))
+        engine.join()
+        assert [(one.seq, one.payload) for one in received] == [(0, b"first"), (1, b"second")]
+        source.close()
 
 
 @pytest.mark.parametrize("who", ["publisher", "engine", "both"])

@@ -8,7 +8,7 @@ from pathlib import Path
 import msgspec
 import pytest
 import redis
-from vllm.distributed.kv_events import AllBlocksCleared, BlockRemoved
+from vllm.distributed.kv_events import AllBlocksCleared, BlockRemoved, BlockStored
 
 from serve_app.events.publisher import Feed
 from serve_app.events.source import EventSource
@@ -110,6 +110,28 @@ def test_a_restarted_engine_holds_nothing_of_its_former_life(
     engine.restart()
     engine.store(range(100, 104))
     eventually(lambda: matched(mirror, range(16)) == 0 and matched(mirror, range(100, 108)) == 4)
+
+
+def test_a_restarted_engine_may_have_another_block_size(engine: Engine, redis_url: str, mirror: Mirror) -> None:
+    publisher = PublisherProcess(engine, redis_url, block_size=0)
+    engine.store(range(8))
+    eventually(lambda: matched(mirror, range(8)) == 8)
+    engine.restart()
+    other = range(8 * SIZE)
+    engine.send(
+        BlockStored(
+            block_hashes=[engine_hash(i) for i in range(4)],
+            parent_block_hash=None,
+            token_ids=list(other),
+            block_size=2 * SIZE,
+            lora_id=None,
+            medium="GPU",
+            lora_name=None,
+        )
+    )
+    eventually(lambda: (spec := mirror.spec()) is not None and spec.block_size == 2 * SIZE)
+    assert mirror.block_counts() == {"gpu": 4}
+    publisher.kill()
 
 
 def test_a_restart_that_hides_behind_higher_numbers_is_noticed(
