@@ -18,6 +18,7 @@ with the next one for each `[uid, "", "ack"]`. The log keeps the last 32,768 rec
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import time
@@ -153,6 +154,14 @@ class LMCacheSource:
             if self._linked:
                 self._heard_at_s = time.monotonic()
                 self._subscribe(self._cursor)
+            else:
+                self._drop_unread()
+
+    def _drop_unread(self) -> None:
+        """Of the subscription that has ended: the next one begins at the cursor. Left unread, it keeps `poll` busy."""
+        with contextlib.suppress(zmq.Again):
+            while True:
+                self.socket.recv_multipart(zmq.NOBLOCK)
 
     def _subscribe(self, cursor: int) -> None:
         self._uid += 2

@@ -155,8 +155,8 @@ def test_a_replay_that_is_late_is_asked_for_again(tmp_path: Path) -> None:
 
 def test_a_long_replay_to_a_slow_reader_has_no_holes(tmp_path: Path) -> None:
     engine = Engine(tmp_path)
-    for _ in range(6000):
-        engine.store(range(400))
+    for _ in range(10_000):
+        engine.store(range(240))
     eventually(engine.sent, 20)
     source = EventSource(engine.endpoint, engine.replay_endpoint)
     seen: list[tuple[int, int]] = []
@@ -164,11 +164,13 @@ def test_a_long_replay_to_a_slow_reader_has_no_holes(tmp_path: Path) -> None:
     def read() -> bool:
         for received in source.read(100):
             seen.append((received.seq, received.lost))
-            time.sleep(0.0002)
-        return len(seen) >= 6000
+            until_s = time.perf_counter() + 30e-6  # about what applying it takes
+            while time.perf_counter() < until_s:
+                pass
+        return len(seen) >= 10_000
 
     eventually(read, 30)
-    assert seen == [(i, 0) for i in range(6000)]
+    assert seen == [(i, 0) for i in range(10_000)]
     source.close()
     engine.stop()
 
