@@ -140,19 +140,23 @@ def publish(
     ] = "",
 ) -> None:
     """Publish the blocks of a vLLM server that Ray does not manage. Ends cleanly on Ctrl-C or SIGTERM."""
+    from serve_app.events.endpoint import check_endpoint
     from serve_app.events.publisher import PublisherConfig
 
+    check_endpoint(engine, "--engine")
+    if replay:
+        check_endpoint(replay, "--replay")
     config = PublisherConfig(
         redis_url=redis,
         model=model,
         pod=pod,
         endpoint=engine,
-        replay_endpoint=replay,
+        replay_endpoint=replay or None,
         topic=topic,
         block_size=block_size,
         capacity=capacity,
         tokenizer=tokenizer,
-        chat_template=chat_template.read_text() if chat_template else None,
+        chat_template=_read(chat_template, "--chat-template") if chat_template else None,
         served_names=tuple(served_name or ()),
         address=address,
         attached=(f"node:{lmcache}",) if lmcache else (),
@@ -169,10 +173,12 @@ def publish_lmcache(
     engine_model: Annotated[str, typer.Option(help="vLLM's --model, if it is not the model's id.")] = "",
 ) -> None:
     """Publish the blocks of an LMCache server. One publisher per server and model; see `publish --lmcache`."""
+    from serve_app.events.endpoint import check_endpoint
     from serve_app.events.lmcache_source import chunk_size_of, reports_changes
     from serve_app.events.publisher import LMCacheStream, PublisherConfig
 
     endpoint = f"tcp://{server}"
+    check_endpoint(endpoint, "--server", "HOST:PORT")
     chunk_size = chunk_size_of(endpoint)
     if chunk_size % block_size:
         raise ConfigError(f"the server's chunk size {chunk_size} is no multiple of the block size {block_size}")
@@ -205,14 +211,9 @@ def score(
     url: Annotated[str, typer.Option(help="Score endpoint.")] = "http://127.0.0.1:8000/kvcache/v1/score",
 ) -> None:
     """Read an OpenAI request from stdin, and print the score of every replica."""
-    import httpx
-
-    try:
-        answer = httpx.put(url, content=sys.stdin.buffer.read(), timeout=60)
-    except httpx.HTTPError as error:
-        raise ConfigError(f"{url} does not answer ({error}); is the kvcache application running?") from error
-    print(json.dumps(answer.json(), indent=2))
-    if answer.is_error:
+    status, answer = _ask_graph("PUT", url, content=sys.stdin.buffer.read())
+    print(json.dumps(answer, indent=2))
+    if status >= 400:
         raise typer.Exit(1)
 
 
@@ -222,12 +223,9 @@ def receipts(
     url: Annotated[str, typer.Option(help="Receipts endpoint.")] = "http://127.0.0.1:8000/kvcache/v1/receipts",
 ) -> None:
     """Show the routers' last decisions: who got the request and why, and what the engine took from its cache."""
-    import httpx
-
-    try:
-        answer = httpx.get(url, params={"limit": count}, timeout=60).raise_for_status().json()
-    except httpx.HTTPError as error:
-        raise ConfigError(f"{url} does not answer ({error}); is the kvcache application running?") from error
+    status, answer = _ask_graph("GET", url, params={"limit": count})
+    if status >= 400:
+        raise ConfigError(f"{url} answers {status}: {json.dumps(answer)}")
     table = Table("request", "replica", "outcome", "prompt", "predicted", "cached", "queued", "prefill")
     for one in answer:
         actual = one.get("actual")
@@ -261,7 +259,14 @@ def tokenize(
     from serve_app.prompts.prefix_store import PrefixStore
     from serve_app.types import EngineSpec, ModelId
 
-    body = json.load(sys.stdin)
+    try:
+        body = json.load(sys.stdin)
+        if not isinstance(body, dict):
+            raise ValueError("it is no object")
+    except ValueError as error:
+        raise ConfigError(
+            f"stdin is not an OpenAI request as JSON ({error}): kvcache tokenize --model MODEL < request.json"
+        ) from error
     name = ModelId(model_id or body.get("model") or model)
     encoder = PromptEncoder(EngineSpec(name, block_size, resolve_model(model)), PrefixStore(1 << 30))
     for prepared in encoder.prepare(body):
@@ -323,6 +328,39 @@ def audit(
     settings = Settings(url, score_url, loaded, str(config or ""), kv_blocks, requests, plan, require, output)
     if not run_audit(settings):
         raise typer.Exit(1)
+
+
+def _ask_graph(method: str, url: str, **more: Any) -> tuple[int, Any]:
+    """Status and JSON of an endpoint of the graph.
+
+    Raises:
+        ConfigError: nobody answers, or somebody else does.
+    """
+    import httpx
+
+    advice = "does the kvcache application (build_kvcache) run there? --url is its route prefix and the path"
+    try:
+        answer = httpx.request(method, url, timeout=60, **more)
+    except (httpx.HTTPError, httpx.InvalidURL) as error:
+        raise ConfigError(f"{url} does not answer ({error}); {advice}") from error
+    if answer.status_code == httpx.codes.NOT_FOUND:
+        raise ConfigError(f"there is no such endpoint at {url} (404); {advice}")
+    try:
+        return answer.status_code, answer.json()
+    except ValueError as error:
+        raise ConfigError(f"{url} answers {answer.status_code}, and not in JSON; {advice}") from error
+
+
+def _read(path: Path, option: str) -> str:
+    """A text file.
+
+    Raises:
+        ConfigError: it cannot be read.
+    """
+    try:
+        return path.read_text()
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{option} {path} cannot be read ({error}): give the path of a text file") from error
 
 
 def load_config(path: Path, port: int | None = None) -> dict[str, Any]:

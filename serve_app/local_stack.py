@@ -139,11 +139,11 @@ def stop(running: Running, *, on_progress: Progress) -> None:
     """Stop the stack with all that belongs to it."""
     process = running.process()
     if process is not None:
-        family = [process, *process.children(recursive=True)]
+        family = _family(process)
         on_progress(f"asking the server (pid {running.pid}) to stop")
-        process.send_signal(signal.SIGINT)
+        _send(process, signal.SIGINT)
         _wait_gone([process], STOP_TIMEOUT_S)
-        left = [member for member in family if member.is_running() and member.status() != psutil.STATUS_ZOMBIE]
+        left = [member for member in family if _is_there(member)]
         if left:
             on_progress(f"ending {len(left)} processes that are left")
         for member in _wait_gone(left, 5):
@@ -239,6 +239,25 @@ def _what_is_missing(running: Running) -> str | None:
 def _wait_gone(processes: list[psutil.Process], timeout_s: float) -> list[psutil.Process]:
     _, alive = psutil.wait_procs(processes, timeout=timeout_s)
     return list(alive)
+
+
+# Processes end whenever they want, so also between any two of the calls below: that one is gone must not keep the
+# rest from being stopped.
+
+
+def _family(process: psutil.Process) -> list[psutil.Process]:
+    """The process and all that it has started, and they."""
+    try:
+        return [process, *process.children(recursive=True)]
+    except psutil.NoSuchProcess:
+        return [process]
+
+
+def _is_there(process: psutil.Process) -> bool:
+    try:
+        return process.is_running() and bool(process.status() != psutil.STATUS_ZOMBIE)
+    except psutil.NoSuchProcess:
+        return False
 
 
 def _send(process: psutil.Process, number: signal.Signals) -> None:

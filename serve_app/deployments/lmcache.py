@@ -3,7 +3,8 @@
 A node's server, and the publisher of what it holds, belong to an actor of the node and to no replica: the first replica
 creates it, the others find it by its name. Each replica then says every few seconds that it is there. When none has
 for `linger_s`, the actor ends, and the server with it. So a replica that dies takes no block with it, a replica that
-is started again finds the blocks, and nothing is left of an application that was deleted.
+is started again finds the blocks, and nothing is left of an application that was deleted. The actor outlives a
+redeployment: how its domain is published is what the newest replica says (`events/node_publishers.py`).
 
     replica --hold(pod, publisher)--> actor --starts--> lmcache server, publisher (one per model)
     engine  --LMCacheMPConnector----------------------> lmcache server --event stream--> publisher --> Redis
@@ -17,8 +18,6 @@ engine whose stores it refuses.
 import asyncio
 import hashlib
 import logging
-import subprocess
-import sys
 import threading
 import time
 from typing import Any
@@ -33,6 +32,7 @@ from serve_app.deployments.embedded_redis import session_folder
 from serve_app.errors import StoreError
 from serve_app.events.lmcache_server import LMCacheProcess
 from serve_app.events.lmcache_source import chunk_size_of, reports_changes
+from serve_app.events.node_publishers import NodePublishers, of_domain
 from serve_app.events.publisher import LMCacheStream, PublisherConfig
 
 logger = logging.getLogger("ray.serve")
@@ -59,10 +59,10 @@ class LMCacheNode:
         self._server: LMCacheProcess | None = None
         self._endpoint = f"tcp://{settings.attach}" if settings.attach else ""
         self._error = ""
-        self._held_at_s: dict[str, float] = {}
-        self._created_at_s = time.monotonic()
-        self._wanted: dict[str, bytes] = {}  # publisher configuration by model and Redis
-        self._publishers: dict[str, subprocess.Popen[bytes]] = {}
+        self._keep_for_s = settings.linger_s + 3 * HOLD_S
+        # A replica whose model takes long to load has that time to call at all.
+        self._end_at_s = time.monotonic() + START_TIMEOUT_S + self._keep_for_s
+        self._publishers = NodePublishers(self._keep_for_s)
         threading.Thread(target=self._run, name="lmcache", daemon=True).start()
 
     def endpoint(self) -> str:
@@ -76,32 +76,26 @@ class LMCacheNode:
         return self._endpoint
 
     def hold(self, pod: str, publisher: PublisherConfig | None) -> None:
-        """`pod` uses the server. With the first call that has one, a publisher for the pod's model is started."""
-        self._held_at_s[pod] = time.monotonic()
+        """`pod` uses the server, and once its engine is up says how the server's blocks are to be published."""
+        self._end_at_s = time.monotonic() + self._keep_for_s
         if publisher is not None:
-            self._wanted.setdefault(f"{publisher.model} {publisher.redis_url}", msgspec.json.encode(publisher))
+            self._publishers.hold(pod, publisher)
 
     # -- thread: children are told to end when the thread that made them does, so one thread makes them all -----------
 
     def _run(self) -> None:
         try:
-            while self._is_held():
+            while time.monotonic() < self._end_at_s:
                 self._keep_server()
-                self._keep_publishers()
+                self._publishers.keep()
                 time.sleep(WATCH_S)
             logger.info("lmcache: no replica has used the server for %s s; it ends", self._settings.linger_s)
         except Exception:
             logger.exception("lmcache: the node's actor ends")
-        for publisher in self._publishers.values():
-            _end(publisher)
+        self._publishers.end()
         if self._server is not None:
             self._server.stop()
         ray.kill(ray.get_runtime_context().current_actor)
-
-    def _is_held(self) -> bool:
-        """Within the linger time; and a replica, whose model takes long to load, has that time to call at all."""
-        last_s = max(self._held_at_s.values(), default=self._created_at_s + START_TIMEOUT_S)
-        return time.monotonic() - last_s < self._settings.linger_s + 3 * HOLD_S
 
     def _keep_server(self) -> None:
         settings = self._settings
@@ -129,30 +123,6 @@ class LMCacheNode:
             return
         self._port, self._endpoint, self._error = self._server.port, self._server.endpoint, ""
         logger.info("lmcache: server at %s", self._endpoint)
-
-    def _keep_publishers(self) -> None:
-        for name, config in list(self._wanted.items()):
-            publisher = self._publishers.get(name)
-            if publisher is not None and publisher.poll() is None:
-                continue
-            publisher = subprocess.Popen([sys.executable, "-m", "serve_app.events"], stdin=subprocess.PIPE)
-            assert publisher.stdin is not None
-            self._publishers[name] = publisher
-            try:
-                publisher.stdin.write(config + b"\n")
-                publisher.stdin.flush()
-            except BrokenPipeError:
-                continue  # it has ended; with the next turn
-
-
-def _end(publisher: subprocess.Popen[bytes]) -> None:
-    """Its domain leaves when its stdin ends."""
-    assert publisher.stdin is not None
-    publisher.stdin.close()
-    try:
-        publisher.wait(5)
-    except subprocess.TimeoutExpired:
-        publisher.kill()
 
 
 class LMCacheAttachment:
@@ -233,13 +203,8 @@ class LMCacheAttachment:
             replica: as it would be without a server.
             engine_model: the engine's name for its model, under which LMCache keeps the blocks.
         """
-        self._publisher = msgspec.structs.replace(
-            replica,
-            pod=self.domain,
-            endpoint=self._endpoint,
-            replay_endpoint=None,
-            lmcache=LMCacheStream(engine_model, self._chunk_size),
-        )
+        stream = LMCacheStream(engine_model, self._chunk_size)
+        self._publisher = of_domain(replica, self.domain, self._endpoint, stream)
         return msgspec.structs.replace(replica, attached=(self.domain,))
 
     async def hold(self) -> None:

@@ -11,6 +11,7 @@ import logging
 import shutil
 import sys
 import tempfile
+from collections import deque
 from pathlib import Path
 from typing import Any
 
@@ -27,13 +28,13 @@ from serve_app.config import REPLICA_HEADER, RouterSettings
 from serve_app.deployments.embedded_redis import resolve_redis_url
 from serve_app.deployments.lmcache import LMCacheAttachment
 from serve_app.errors import ConfigError
-from serve_app.events.publisher import Feed, PublisherConfig
+from serve_app.events.publisher import SERVED_MAX, Feed, PublisherConfig
+from serve_app.events.restarts import Backoff, keep_running
 from serve_app.types import Served
 
 logger = logging.getLogger("ray.serve")
 
 LOAD_POLL_S = 0.02
-RESTART_S = 1.0
 
 
 class VLLMReplica(LLMServer):
@@ -69,8 +70,7 @@ class VLLMReplica(LLMServer):
         manager = self._engine_client().logger_manager
         if manager is not None:  # with `disable_log_stats` it is: then nothing is learned of served requests
             manager.stat_loggers.append(self._ended)
-        self._supervisor = asyncio.create_task(self._run_publisher())
-        self._supervisor.add_done_callback(_tell_failure)
+        self._supervisor = asyncio.create_task(self._run_publishers())
 
     async def __serve_build_asgi_app__(self) -> Any:
         app = await super().__serve_build_asgi_app__()  # type: ignore[no-untyped-call]
@@ -103,26 +103,30 @@ class VLLMReplica(LLMServer):
         engine: Any = self.engine
         return engine._engine_client
 
-    async def _run_publisher(self) -> None:
+    async def _run_publishers(self) -> None:
         """Keep a publisher running as long as this replica lives."""
-        config = msgspec.json.encode(self._publisher_config())
         try:
-            while True:
-                process = await asyncio.create_subprocess_exec(
-                    sys.executable, "-m", "serve_app.events", stdin=asyncio.subprocess.PIPE
-                )
-                assert process.stdin is not None
-                try:
-                    process.stdin.write(config + b"\n")
-                    await self._feed_load(process, process.stdin)
-                except (BrokenPipeError, ConnectionResetError):
-                    pass  # it has ended; below
-                finally:
-                    process.stdin.close()
-                logger.error("kvcache: the publisher ended with %s; starting it again", await process.wait())
-                await asyncio.sleep(RESTART_S)
+            await keep_running(self._run_publisher, Backoff())
         finally:
             shutil.rmtree(self._sockets, ignore_errors=True)
+
+    async def _run_publisher(self) -> None:
+        """One publisher, until it ends. What it is told of its engine is asked anew for each."""
+        config = msgspec.json.encode(self._publisher_config())
+        process = await asyncio.create_subprocess_exec(
+            sys.executable, "-m", "serve_app.events", stdin=asyncio.subprocess.PIPE
+        )
+        assert process.stdin is not None
+        try:
+            process.stdin.write(config + b"\n")
+            await self._feed_load(process, process.stdin)
+        except (BrokenPipeError, ConnectionResetError):
+            pass  # it has ended; below
+        except Exception:
+            logger.exception("kvcache: the publisher cannot be told of the engine's requests")
+        finally:
+            process.stdin.close()  # with which it ends
+        logger.error("kvcache: the publisher ended with %s", await process.wait())
 
     async def _feed_load(self, process: asyncio.subprocess.Process, pipe: asyncio.StreamWriter) -> None:
         """Tell the publisher how many requests the engine has, and of those that have ended, whenever that changes."""
@@ -148,7 +152,7 @@ class _EndedRequests(StatLoggerBase):  # type: ignore[misc]  # vLLM is not follo
     """vLLM's stat logger interface: takes the figures of requests that have ended."""
 
     def __init__(self) -> None:  # vLLM makes none of these itself
-        self._served: list[Served] = []
+        self._served: deque[Served] = deque(maxlen=SERVED_MAX)  # while there is no publisher, nobody takes them
 
     def record(
         self, scheduler_stats: Any, iteration_stats: Any, mm_cache_stats: Any = None, engine_idx: int = 0
@@ -169,13 +173,9 @@ class _EndedRequests(StatLoggerBase):  # type: ignore[misc]  # vLLM is not follo
 
     def take(self) -> list[Served]:
         """Those since the last call."""
-        served, self._served = self._served, []
+        served = list(self._served)
+        self._served.clear()
         return served
-
-
-def _tell_failure(supervisor: asyncio.Task[None]) -> None:
-    if not supervisor.cancelled() and (error := supervisor.exception()) is not None:
-        logger.error("kvcache: no publisher can be run, so nobody learns what this replica holds", exc_info=error)
 
 
 def _frontend_kwargs(llm_config: Any) -> dict[str, Any]:

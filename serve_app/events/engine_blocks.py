@@ -12,6 +12,9 @@ Larger blocks are re-chunked to the canonical size:
 
     canonical 32, LMCache chunk 64: 1 engine hash -> 2 canonical keys, both gone when the chunk is removed
 
+vLLM's file and object stores say what they store (`medium: STORAGE`) and never what they delete. Such a tier would be
+believed for ever, and grow for ever: its stores are skipped, and counted.
+
 After events were lost (`doubt`) the set may hold blocks that are gone, and lack some that are there. From then on:
 
 1. Blocks from before are old. One stored again, or named as the parent of one stored now, is confirmed with all that
@@ -45,6 +48,7 @@ from serve_app.events.wire import BlockRemoved, BlockStored, Event
 from serve_app.types import GPU, BlockKey, BlockKeys, EngineHash, ModelId, Tier
 
 _NEW: Final = object()
+_NEVER_REMOVED: Final = frozenset({Tier("storage")})  # vLLM 0.29, v1/kv_offload/tiering: no event with removed=True
 
 
 @dataclass(frozen=True, slots=True)
@@ -156,6 +160,10 @@ class EngineBlocks:
         if event.group_idx:  # hybrid models: the first group speaks for the block
             self.skipped["other_cache_group"] += 1
             return
+        tier = _tier(event.medium)
+        if tier in _NEVER_REMOVED:
+            self.skipped["never_removed"] += 1
+            return
         if event.block_size % self.block_size or event.block_size <= 0:
             self.skipped["block_size"] += 1
             return
@@ -172,7 +180,6 @@ class EngineBlocks:
             return
 
         keys = block_keys(pack_tokens(event.token_ids), self.block_size, parent, self._extras(event))
-        tier = _tier(event.medium)
         held = self._held.setdefault(tier, {})
         old = self._old.get(tier, {})
         added: list[BlockKey] = []

@@ -24,6 +24,7 @@ import msgspec
 import zmq
 
 from serve_app.errors import StoreError, WireError
+from serve_app.events.endpoint import SilenceWatch
 from serve_app.events.engine_blocks import Added, Change, Cleared, EngineBlocks, Removed
 from serve_app.events.lmcache_source import LMCacheSource, decode_records
 from serve_app.events.source import EventSource, Received
@@ -122,6 +123,7 @@ class Publisher:
         self._skipped: Counter[str] = Counter()
         self._retry_s = RETRY_S
         self._faults = FaultLog(logger, "publishing everything again when it does as it is asked")
+        self._silence = _silence_watch(config)
         self._poller = zmq.Poller()
         self._poller.register(self._source.socket, zmq.POLLIN)
         self._poller.register(self._source.monitor, zmq.POLLIN)
@@ -132,7 +134,7 @@ class Publisher:
     def run(self, stop: StopSignal) -> None:
         try:
             while not stop.is_set() and self._step():
-                pass
+                self._say_what_is_missing()
         finally:
             self._leave()
             self._source.close()
@@ -314,6 +316,11 @@ class Publisher:
             self._served.extend(feed.served)
         return bool(data)
 
+    def _say_what_is_missing(self) -> None:
+        connected, understood = self._source.connected, self._blocks is not None
+        if missing := self._silence.missing(time.monotonic(), connected=connected, understood=understood):
+            logger.warning(missing)
+
     def _leave(self) -> None:
         domain, self._domain = self._domain, None
         if domain is None:
@@ -324,6 +331,18 @@ class Publisher:
             self._writer.flush()
         except StoreError as error:
             logger.warning("redis: %s; the lease will end in %s s", error, self._config.lease_ttl_s)
+
+
+def _silence_watch(config: PublisherConfig) -> SilenceWatch:
+    endpoint = config.endpoint
+    return SilenceWatch(
+        f"no LMCache server at {endpoint}; if it runs, check --server"
+        if config.lmcache
+        else f"no engine at {endpoint}; check --engine and `endpoint` of --kv-events-config",
+        f"nothing that {endpoint} has sent tells the block size: give --block-size, or send the engine a prompt of "
+        "some blocks; if that does not help, check --topic, and `enable_kv_cache_events` of --kv-events-config",
+        time.monotonic(),
+    )
 
 
 def _is_gpu(event: Event) -> bool:

@@ -64,6 +64,19 @@ def test_a_publisher_that_starts_late_publishes_what_was_before(engine: Engine, 
     late.kill()
 
 
+def test_a_publisher_that_hears_nothing_says_once_why(engine: Engine, redis_url: str, tmp_path: Path) -> None:
+    engine.stop()
+    log = tmp_path / "log"
+    publisher = PublisherProcess(engine, redis_url, block_size=0, log=log)
+    eventually(lambda: f"no engine at {engine.endpoint}; check --engine" in log.read_text(), 20)
+    engine.start()  # and has nothing to say
+    eventually(lambda: "give --block-size" in log.read_text(), 20)
+    engine.store(range(16))
+    eventually(lambda: "joined" in log.read_text(), 20)
+    assert log.read_text().count("WARNING") == 2
+    publisher.kill()
+
+
 def test_load_reports_reach_the_mirror(publisher: PublisherProcess, mirror: Mirror) -> None:
     served = Served("cmpl-x-0", 900, 320, 0.01, 0.25)
     publisher.tell(msgspec.json.encode(Feed(3)))

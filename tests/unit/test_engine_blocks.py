@@ -47,6 +47,16 @@ def test_tiers_are_told_apart() -> None:
     assert blocks.apply([BlockRemoved([b"x"], "CPU")]) == [Removed(CPU, k1)]
 
 
+def test_a_tier_that_never_says_what_it_deletes_is_not_believed() -> None:
+    blocks = EngineBlocks(MODEL, SIZE)
+    (k1,) = canonical([1, 2])
+    events = [stored([b"x"], [1, 2]), *(stored([name], [1, 2], medium="STORAGE") for name in (b"x", b"y"))]
+    assert blocks.apply(events) == [Added(GPU, k1)]
+    assert blocks.snapshot() == {GPU: k1}
+    assert blocks.skipped == {"never_removed": 2}
+    assert blocks.apply([BlockRemoved([b"x"], "GPU")]) == [Removed(GPU, k1)]
+
+
 def test_an_old_engine_that_names_no_medium_means_gpu() -> None:
     blocks = EngineBlocks(MODEL, SIZE)
     (k1,) = canonical([1, 2])

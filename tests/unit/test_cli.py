@@ -1,0 +1,127 @@
+"""What a wrong option or a wrong server ends the `kvcache` command with: one sentence that names it, no traceback."""
+
+from __future__ import annotations
+
+import io
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from http.server import BaseHTTPRequestHandler, HTTPServer
+from pathlib import Path
+
+import pytest
+
+from serve_app import cli
+
+PUBLISH = ("publish", "--redis", "redis://127.0.0.1:1", "--pod", "p", "--model", "m")
+Run = Callable[..., tuple[object, str]]
+ENGINE = ("--engine", "tcp://127.0.0.1:5557")
+
+
+class _Gateway(BaseHTTPRequestHandler):
+    """A web server without the graph: 404 in JSON as FastAPI's, a page, or an error of the graph's kind."""
+
+    def do_GET(self) -> None:
+        status, body = {
+            "/page": (200, b"<html>hello</html>"),
+            "/refused": (503, b'{"error": {"code": "no_index"}}'),
+        }.get(self.path.partition("?")[0], (404, b'{"detail": "Not Found"}'))
+        self.send_response(status)
+        self.send_header("content-length", str(len(body)))
+        self.end_headers()
+        self.wfile.write(body)
+
+    do_PUT = do_GET
+
+    def log_message(self, format: str, *args: object) -> None:
+        pass
+
+
+@pytest.fixture(scope="module")
+def gateway() -> Iterator[str]:
+    server = HTTPServer(("127.0.0.1", 0), _Gateway)
+    thread = threading.Thread(target=server.serve_forever)
+    thread.start()
+    yield f"http://127.0.0.1:{server.server_port}"
+    server.shutdown()
+    thread.join()
+    server.server_close()
+
+
+@pytest.fixture
+def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Run:
+    """The command, with its standard input -> its exit status, and what it said, as one line."""
+
+    def run(*arguments: str, stdin: bytes = b"{}") -> tuple[object, str]:
+        monkeypatch.setattr(sys, "argv", ["kvcache", *arguments])
+        monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(stdin)))
+        with pytest.raises(SystemExit) as ended:
+            cli.main()
+        said = capsys.readouterr()
+        return ended.value.code, " ".join((said.out + said.err).split())
+
+    return run
+
+
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        (("--engine", "localhost:5557"), "--engine 'localhost:5557' is no address"),
+        (("--engine", "tcp://*:5557"), "--engine 'tcp://*:5557' is no address"),
+        ((*ENGINE, "--replay", "tcp://*:5558"), "--replay 'tcp://*:5558' is no address"),
+        ((*ENGINE, "--chat-template", "/missing.jinja"), "--chat-template /missing.jinja cannot be read"),
+    ],
+)
+def test_publish_names_the_option_that_is_wrong(run: Run, options: tuple[str, ...], expected: str) -> None:
+    status, said = run(*PUBLISH, *options)
+    assert status == 1
+    assert said.startswith("error: " + expected)
+
+
+def test_publish_lmcache_wants_a_port(run: Run) -> None:
+    options = ("--redis", "redis://127.0.0.1:1", "--model", "m", "--block-size", "16")
+    status, said = run("publish-lmcache", "--server", "localhost", *options)
+    assert status == 1
+    assert said.startswith("error: --server 'tcp://localhost' is no address")
+    assert said.endswith("write HOST:PORT")
+
+
+def test_a_template_that_is_no_text(run: Run, tmp_path: Path) -> None:
+    template = tmp_path / "template"
+    template.write_bytes(b"\xff\xfe\xff")
+    status, said = run(*PUBLISH, *ENGINE, "--chat-template", str(template))
+    assert status == 1
+    assert "cannot be read" in said
+
+
+@pytest.mark.parametrize("command", ["score", "receipts"])
+def test_a_gateway_without_the_graph(run: Run, gateway: str, command: str) -> None:
+    for path, expected in (("/kvcache/v1/score", "(404)"), ("/page", "answers 200, and not in JSON")):
+        status, said = run(command, "--url", gateway + path)
+        assert status == 1
+        assert said.startswith("error: ")
+        assert expected in said
+        assert "does the kvcache application (build_kvcache) run there?" in said
+
+
+@pytest.mark.parametrize("command", ["score", "receipts"])
+@pytest.mark.parametrize("url", ["http://127.0.0.1:1/", "localhost:8000/", "http://127.0.0.1:http/"])
+def test_nobody_is_there(run: Run, command: str, url: str) -> None:
+    status, said = run(command, "--url", url)
+    assert status == 1
+    assert said.startswith(f"error: {url} does not answer")
+
+
+@pytest.mark.parametrize("command", ["score", "receipts"])
+def test_an_error_of_the_graph_itself_is_shown(run: Run, gateway: str, command: str) -> None:
+    status, said = run(command, "--url", f"{gateway}/refused")
+    assert status == 1
+    assert "no_index" in said
+    assert "build_kvcache" not in said
+
+
+@pytest.mark.parametrize("stdin", [b"", b"not JSON", b"[1]", b"\xff"])
+def test_tokenize_wants_a_request(run: Run, stdin: bytes) -> None:
+    status, said = run("tokenize", "--model", "none", stdin=stdin)
+    assert status == 1
+    assert said.startswith("error: stdin is not an OpenAI request as JSON")
