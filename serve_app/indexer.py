@@ -14,6 +14,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
+from serve_app.accounting import is_one_sequence
 from serve_app.errors import IndexUnavailable
 from serve_app.index.mirror import Mirror
 from serve_app.scoring import Strategy, score_all
@@ -81,7 +82,7 @@ class Indexer:
         encoded_s = time.perf_counter()
         matches = [await self._index.match(prompt.keys, pods, count_hits=counts_hits) for prompt in prompts]
         stage_s = {"prompt": encoded_s - start_s, "index": time.perf_counter() - encoded_s}
-        return Found(prompts, matches, spec.block_size, stage_s)
+        return Found(prompts, matches, spec.block_size, stage_s, is_one_sequence(body))
 
     async def score(self, body: Body, pods: Sequence[PodId] | None = None, strategy: Strategy | None = None) -> Scored:
         """Score `pods` for a request; errors as in `find`."""

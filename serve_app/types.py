@@ -6,7 +6,7 @@ In: nothing. Out: types only; this module imports no other of the package.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from enum import StrEnum
 from typing import NamedTuple, NewType
 
@@ -114,6 +114,7 @@ class Found:
     matches: Sequence[Mapping[PodId, PodMatch]]  # of each prompt
     block_size: int
     stage_s: Mapping[str, float] = field(default_factory=dict)  # seconds by stage: prompt, index
+    one_sequence: bool = True  # one prompt and one answer, so that the engine's figures are those of the request
 
     @property
     def prompt_tokens(self) -> int:
@@ -131,6 +132,10 @@ class Found:
     @property
     def complete(self) -> bool:
         return not self.incomplete
+
+    def without_matches(self) -> Found:
+        """The same, of a request that no cache is read for."""
+        return replace(self, matches=[{} for _ in self.prompts])
 
     def matched_tokens(self, pod: PodId) -> dict[Tier, int]:
         """Tokens by tier, summed over the prompts."""

@@ -3,6 +3,7 @@
 Counters of the hot path are plain integers, handed to Ray once per second: a Ray counter costs more than a decision.
 """
 
+import logging
 import threading
 from collections import Counter as Tally
 from collections.abc import Callable, Mapping
@@ -12,6 +13,8 @@ from ray.util.metrics import Counter, Gauge, Histogram
 from serve_app.index.mirror import Mirror
 from serve_app.routing.receipts import Receipt
 from serve_app.types import PodId, Tier, Trust
+
+logger = logging.getLogger("ray.serve")
 
 FLUSH_S = 1.0
 _LATENCY_BOUNDARIES_S = [0.0001, 0.0002, 0.0005, 0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0]
@@ -27,7 +30,10 @@ class _Every:
 
         def loop() -> None:
             while not self._stop.wait(period_s):
-                function()
+                try:
+                    function()
+                except Exception:
+                    logger.exception("kvcache: metrics could not be updated; again in %s s", period_s)
 
         threading.Thread(target=loop, name="kvcache-metrics", daemon=True).start()
 
@@ -54,7 +60,7 @@ class RouterMetrics:
         ).set_default_tags(tags)
         self._latency = Histogram(
             "kvcache_router_stage_latency_seconds",
-            "Time of a decision by stage (prompt, index, score), and as a whole (total).",
+            "Time of a decision by stage (prompt, index), and as a whole (total).",
             boundaries=_LATENCY_BOUNDARIES_S,
             tag_keys=("model", "stage"),
         ).set_default_tags(tags)
@@ -87,7 +93,7 @@ class RouterMetrics:
     def served(self, complete: Receipt) -> None:
         """What the engine took from its cache, beside what was expected."""
         actual = complete.actual
-        if actual is None or not complete.prompt_tokens or complete.incomplete:
+        if actual is None or not complete.prompt_tokens or complete.incomplete or not complete.one_sequence:
             return
         with self._lock:
             self._cached["predicted", complete.chosen] += complete.predicted_cached_tokens

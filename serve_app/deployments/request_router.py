@@ -9,7 +9,7 @@ import asyncio
 import logging
 import time
 import uuid
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import msgspec
@@ -21,6 +21,7 @@ from ray.serve._private.request_router.replica_wrapper import RunningReplica
 from ray.serve._private.request_router.request_router import MultiplexMixin
 from ray.serve.request_router import RequestRouter
 
+from serve_app.accounting import reads_cache
 from serve_app.config import RouterSettings
 from serve_app.deployments import routed
 from serve_app.deployments.embedded_redis import resolve_redis_url
@@ -63,7 +64,8 @@ class KVCacheAwareRouter(MultiplexMixin, RequestRouter):
         self._chooser = Chooser(
             self._held, self._settings.policy, self._settings.strategy, self._settings.cost.weights()
         )
-        self._sent: LRUCache[str, _Decision] = LRUCache(_REMEMBERED_DECISIONS)  # by request id
+        self._sent: LRUCache[str, _Decision] = LRUCache(_REMEMBERED_DECISIONS)  # by Ray's id of the request
+        self._started = False
         self._indexer: Indexer | None = None
         self._mirror: Mirror | None = None
         self._desk: Desk | None = None
@@ -78,6 +80,7 @@ class KVCacheAwareRouter(MultiplexMixin, RequestRouter):
         settings = self._settings
         self._metrics = RouterMetrics(settings.model)
         if settings.policy is Policy.ROUND_ROBIN:
+            self._started = True
             return
         self._mirror = Mirror(
             resolve_redis_url(settings.redis_url),
@@ -105,6 +108,7 @@ class KVCacheAwareRouter(MultiplexMixin, RequestRouter):
         self._indexer = Indexer(prompts, index, settings.strategy)
         if isinstance(prompts, PromptService) and settings.policy is Policy.KV_AWARE:
             self._keep(self._event_loop.create_task(self._load_tokenizer(self._mirror, prompts)))
+        self._started = True
 
     async def choose_replicas(
         self, candidate_replicas: list[RunningReplica], pending_request: PendingRequest | None = None
@@ -113,20 +117,13 @@ class KVCacheAwareRouter(MultiplexMixin, RequestRouter):
         if pending_request is not None:
             # Without it Serve asks again in a tight loop while every replica is full.
             pending_request.routing_context.should_backoff = True
-        if self._metrics is None:
-            self._start()
-        start_s = time.perf_counter()
         replicas = {PodId(replica.replica_id.unique_id): replica for replica in candidate_replicas}
-        pods = sorted(replicas)
-        found, why = await self._find(pods, pending_request)
-        self._catch_up(pods)
-        now_s = time.monotonic()
-        session = pending_request.metadata.session_id if pending_request is not None else ""
-        choice = self._chooser.choose(pods, found, now_s, why=why, session=session)
-        choice = choice.with_last(self._full(replicas, now_s))
-        if choice.ranked:
-            self._book(choice, found, pending_request, now_s, time.perf_counter() - start_s)
-        return [[replicas[pod]] for pod in choice.ranked]
+        try:
+            ranked = await self._decide(replicas, pending_request)
+        except Exception:
+            logger.exception("kvcache: a decision failed; the request goes to the least-loaded replica")
+            ranked = self._least_loaded(replicas)
+        return [[replicas[pod]] for pod in ranked]
 
     def update_replicas(self, replicas: list[RunningReplica]) -> None:
         super().update_replicas(replicas)
@@ -136,7 +133,7 @@ class KVCacheAwareRouter(MultiplexMixin, RequestRouter):
         """Remember who got the request: for the header of the ordinary ingress, and if the first choice refused it."""
         request_id, pod = pending_request.metadata.request_id, PodId(replica_id.unique_id)
         routed.remember(request_id, pod)
-        decision = self._sent.pop(request_id, None)
+        decision = self._sent.pop(pending_request.metadata.internal_request_id, None)
         if decision is not None and decision.sent.pod != pod:
             self._chooser.withdraw(decision.sent)
             self._chooser.sent(pod, decision.found, decision.choice, time.monotonic())
@@ -144,6 +141,34 @@ class KVCacheAwareRouter(MultiplexMixin, RequestRouter):
                 self._desk.receipts.moved(request_id, pod)
 
     # -- inside ---------------------------------------------------------------------------------------------------
+
+    async def _decide(
+        self, replicas: Mapping[PodId, RunningReplica], request: PendingRequest | None
+    ) -> Sequence[PodId]:
+        """All of them, best first; the first has the request booked."""
+        if not self._started:
+            self._start()
+        start_s = time.perf_counter()
+        pods = sorted(replicas)
+        found, why = await self._find(pods, request)
+        self._catch_up(pods)
+        now_s = time.monotonic()
+        session = request.metadata.session_id if request is not None else ""
+        choice = self._chooser.choose(pods, found, now_s, why=why, session=session)
+        choice = choice.with_last(self._full(replicas, now_s))
+        if choice.ranked:
+            self._book(choice, found, request, now_s, time.perf_counter() - start_s)
+        return choice.ranked
+
+    def _least_loaded(self, pods: Iterable[PodId]) -> list[PodId]:
+        """Without anything that has failed before."""
+        now_s = time.monotonic()
+        if self._metrics is not None:
+            self._metrics.decided(Outcome.FALLBACK, "error", 0.0)
+        ranked = sorted(pods, key=lambda pod: self._chooser.in_flight.count(pod, now_s))
+        if ranked:
+            self._chooser.in_flight.sent(ranked[0], now_s)
+        return ranked
 
     async def _find(self, pods: list[PodId], request: PendingRequest | None) -> tuple[Found | None, str]:
         """What is known, or None and the reason why nothing is; also why it is of a part of the prompt only."""
@@ -154,7 +179,7 @@ class KVCacheAwareRouter(MultiplexMixin, RequestRouter):
             return None, "no_body"
         try:
             found = await asyncio.wait_for(self._indexer.find(body, pods), self._settings.decision_deadline_s)
-            return found, found.incomplete
+            return found if reads_cache(body) else found.without_matches(), found.incomplete
         except PromptError as error:
             return None, error.reason
         except IndexUnavailable:
@@ -171,23 +196,24 @@ class KVCacheAwareRouter(MultiplexMixin, RequestRouter):
         """The first of the ranked pods gets the request: note it where it counts."""
         assert self._metrics is not None
         pod = choice.ranked[0]
-        before = self._sent.pop(request.metadata.request_id, None) if request is not None else None
+        # Ray's own id: a client may give several requests the same x-request-id.
+        before = self._sent.pop(request.metadata.internal_request_id, None) if request is not None else None
         if before is not None:  # Serve asks again when every replica was full
             self._chooser.withdraw(before.sent)
         sent = self._chooser.sent(pod, found, choice, now_s)
-        self._metrics.decided(choice.outcome, choice.reason, decision_s)
-        if found is not None:
+        if before is None:
+            self._metrics.decided(choice.outcome, choice.reason, decision_s)
+        if before is None and found is not None:
             self._metrics.found(found.prompt_tokens, found.matched_tokens(pod), found.stage_s)
         if request is None or self._desk is None or self._log is None:
             return
-        request_id = request.metadata.request_id
-        self._sent[request_id] = _Decision(sent, found, choice)
-        if found is not None:
+        self._sent[request.metadata.internal_request_id] = _Decision(sent, found, choice)
+        if found is not None and (before is None or before.sent.pod != pod):
             for route in self._chooser.route(sent, found):
                 self._log.routed(route)
         if choice.outcome is not Outcome.BASELINE:
-            new = receipt(request_id, self._id, time.time(), decision_s, pod, choice, found)
-            if (oldest := self._desk.receipts.open(new)) is not None:
+            new = receipt(request.metadata.request_id, self._id, time.time(), decision_s, pod, choice, found)
+            if (oldest := self._desk.receipts.open(new, again=before is not None)) is not None:
                 self._log.receipt(msgspec.json.encode(oldest))
 
     def _full(self, replicas: Mapping[PodId, RunningReplica], now_s: float) -> set[PodId]:

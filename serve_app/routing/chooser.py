@@ -60,7 +60,7 @@ class Chooser:
         self._turns = Turns()
         self._ring = SessionRing()
         self._settle_at_s = 0.0
-        self._unused_blocks: dict[PodId, int] = {}  # of caches that are not full
+        self._with_room: set[PodId] = set()  # whose cache is not full
 
     # -- the choice -----------------------------------------------------------------------------------------------
 
@@ -160,7 +160,7 @@ class Chooser:
                 pod: tokens_to_compute(prompt.token_count, matches.get(pod, _NOTHING), soon.get(pod, 0) * size)
                 for pod in pods
             }
-            evicted = self._evicted_tokens(min(compute.values(), default=0), pods, size)
+            evicted = self._evicted_tokens(min(compute.values(), default=0), pods, size, now_s)
             for pod in pods:
                 terms = cost(
                     compute[pod],
@@ -177,11 +177,15 @@ class Chooser:
                 totals[pod] = one if not i else _sum(totals[pod], one)
         return totals
 
-    def _evicted_tokens(self, new_tokens: int, pods: Sequence[PodId], block_size: int) -> Mapping[PodId, int]:
+    def _evicted_tokens(
+        self, new_tokens: int, pods: Sequence[PodId], block_size: int, now_s: float
+    ) -> Mapping[PodId, int]:
         """Of tokens that no pod holds: for how many each must push out others, beyond the pod with most room."""
         evicted = {}
-        for pod in pods if self._unused_blocks else ():
-            room = self._unused_blocks.get(pod, 0) * block_size - self.ledger.queued_tokens(pod)
+        for pod in pods if self._with_room else ():
+            report = self.in_flight.report(pod, now_s)
+            unused_blocks = report.unused_blocks if report is not None else 0
+            room = unused_blocks * block_size - self.ledger.queued_tokens(pod)
             evicted[pod] = max(new_tokens - max(room, 0), 0)
         least = min(evicted.values(), default=0)
         return {pod: tokens - least for pod, tokens in evicted.items() if tokens > least}
@@ -194,17 +198,21 @@ class Chooser:
         self._turns.sent(pod)
         if found is None or not choice.costs:
             return Sent(pod, ())
-        compute = max(found.prompt_tokens - choice.held_tokens.get(pod, 0), 1)
-        self.turnover.add(pod, compute, now_s)
+        left = max(found.prompt_tokens - choice.held_tokens.get(pod, 0), 1)
+        self.turnover.add(pod, left, now_s)
         entries = []
-        for prompt in found.prompts:
-            entries.append(self.ledger.sent(pod, prompt.keys, compute, now_s))
+        for i, (prompt, matches) in enumerate(zip(found.prompts, found.matches, strict=True), 1):
+            own = max(prompt.token_count - matches.get(pod, _NOTHING).total_tokens, 0)
+            compute = left if i == len(found.prompts) else min(own, left)
+            left -= compute
+            entries.append(self.ledger.sent(pod, prompt.keys, compute, now_s, complete=prompt.complete))
             self._homes.sent(pod, prompt.keys)
-            compute = 0  # the first one stands for all
         return Sent(pod, entries)
 
     def route(self, sent: Sent, found: Found) -> list[Routed]:
         """What other routers must know of it: of every prompt, the blocks that the pod does not hold yet."""
+        if not sent.entries:
+            return []
         routes = []
         for entry, matches in zip(sent.entries, found.matches, strict=True):
             held = matches.get(sent.pod, _NOTHING).total_tokens // found.block_size
@@ -228,12 +236,8 @@ class Chooser:
 
     def loaded(self, pod: PodId, load: PodLoad) -> None:
         """A pod has said how many requests it has."""
-        if load is not self.in_flight.report(pod):
-            self.in_flight.reported(pod, load)
-            if load.unused_blocks:
-                self._unused_blocks[pod] = load.unused_blocks
-            else:
-                self._unused_blocks.pop(pod, None)
+        if self.in_flight.reported(pod, load):
+            (self._with_room.add if load.unused_blocks else self._with_room.discard)(pod)
             self.ledger.reported(pod, load)
 
     def served(self, pod: PodId, requests: Sequence[Served]) -> None:
@@ -247,7 +251,7 @@ class Chooser:
         self.rates.keep_only(pods)
         self.turnover.keep_only(pods)
         self._turns.keep_only(pods)
-        self._unused_blocks = {pod: self._unused_blocks[pod] for pod in self._unused_blocks.keys() & set(pods)}
+        self._with_room &= set(pods)
 
 
 def _sum(one: tuple[Cost, int], other: tuple[Cost, int]) -> tuple[Cost, int]:

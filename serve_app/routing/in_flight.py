@@ -9,6 +9,7 @@ from serve_app.types import PodId, PodLoad
 
 REPORT_DELAY_S = 0.15  # the replica looks every 20 ms, its publisher reports every 50 ms
 FORGET_S = 30.0
+REPORT_VALID_S = 5.0  # a replica reports every second at least: an older report is of one that is not heard any more
 
 
 class InFlight:
@@ -28,16 +29,21 @@ class InFlight:
         if self._sent.get(pod):
             self._sent[pod].pop()
 
-    def reported(self, pod: PodId, report: PodLoad) -> None:
+    def reported(self, pod: PodId, report: PodLoad) -> bool:
+        """Returns whether it is news."""
+        if report is self._reports.get(pod):
+            return False
         self._reports[pod] = report
+        return True
 
-    def report(self, pod: PodId) -> PodLoad | None:
-        """What the pod said last."""
-        return self._reports.get(pod)
+    def report(self, pod: PodId, now_s: float) -> PodLoad | None:
+        """What the pod said last, if that was lately."""
+        report = self._reports.get(pod)
+        return report if report is not None and now_s - report.received_at_s < REPORT_VALID_S else None
 
     def count(self, pod: PodId, now_s: float) -> int:
         """Best estimate for one pod."""
-        report, sent = self._reports.get(pod), self._sent.get(pod)
+        report, sent = self.report(pod, now_s), self._sent.get(pod)
         if sent:
             known_until_s = now_s - FORGET_S
             if report is not None:

@@ -41,6 +41,7 @@ class Entry:
     keys: BlockKeys
     tokens: int  # that the pod has to compute
     sent_at_s: float
+    last: BlockKeys  # its last block: when that is stored, all is; empty: unknown, or there is none
 
 
 class Ledger:
@@ -53,10 +54,15 @@ class Ledger:
         self._tables = (BlockTable(), BlockTable())  # new ones, and those of the time before
         self._turn_at_s = 0.0
 
-    def sent(self, pod: PodId, keys: BlockKeys, tokens: int, now_s: float) -> Entry:
-        """A request was routed to `pod`, which has to compute `tokens` of it."""
+    def sent(self, pod: PodId, keys: BlockKeys, tokens: int, now_s: float, *, complete: bool = True) -> Entry:
+        """A request was routed to `pod`, which has to compute `tokens` of it.
+
+        Args:
+            complete: whether the keys are those of the whole prompt. If not, the pod may hold them all and yet have
+                the rest to compute; only its reports, and time, close the entry.
+        """
         self._turn(now_s)
-        entry = Entry(pod, keys, tokens, now_s)
+        entry = Entry(pod, keys, tokens, now_s, keys[-KEY_BYTES:] if complete else b"")
         self._entries.setdefault(pod, []).append(entry)
         self._queued[pod] = self._queued.get(pod, 0) + tokens
         if keys:
@@ -75,10 +81,9 @@ class Ledger:
         entries = [entry for of_pod in self._entries.values() for entry in of_pod]
         if not entries:
             return
-        with_keys = [entry for entry in entries if entry.keys]
-        last = b"".join([entry.keys[-KEY_BYTES:] for entry in with_keys])
-        stored = held([entry.pod for entry in with_keys], last)
-        done = {entry for entry, is_stored in zip(with_keys, stored, strict=True) if is_stored}
+        ending = [entry for entry in entries if entry.last]
+        stored = held([entry.pod for entry in ending], b"".join([entry.last for entry in ending]))
+        done = {entry for entry, is_stored in zip(ending, stored, strict=True) if is_stored}
         self._close(done | {entry for entry in entries if now_s - entry.sent_at_s >= FORGET_S})
 
     def reported(self, pod: PodId, load: PodLoad) -> None:

@@ -52,6 +52,7 @@ class Receipt(msgspec.Struct, frozen=True, omit_defaults=True):
     prompt_tokens: int = 0  # 0: not known
     predicted_cached_tokens: int = 0
     incomplete: str = ""  # why some of the prompt is not known (late, media): the prediction is of a part then
+    one_sequence: bool = True  # if not, the engine's figures are of one of several prompts or answers
     replicas: dict[str, Terms] = {}
     refused_by: str = ""  # the first choice, if it did not take the request
     actual: Actual | None = None  # None: not known yet, or never told
@@ -69,6 +70,7 @@ def receipt(
         prompt_tokens=found.prompt_tokens,
         predicted_cached_tokens=predicted_tokens(found, pod, choice),
         incomplete=found.incomplete,
+        one_sequence=found.one_sequence,
         replicas={
             str(candidate): Terms(
                 {str(tier): tokens for tier, tokens in found.matched_tokens(candidate).items()},
@@ -97,8 +99,15 @@ class Receipts:
     def __init__(self) -> None:
         self._open: OrderedDict[str, Receipt] = OrderedDict()
 
-    def open(self, new: Receipt) -> Receipt | None:
-        """Returns the oldest one if it has to go, as it is."""
+    def open(self, new: Receipt, *, again: bool = False) -> Receipt | None:
+        """Returns the oldest one if it has to go, as it is.
+
+        Args:
+            again: it is the same request, decided once more. Without that, two of one id are two requests of a client
+                that gives several the same `x-request-id`: the engine's figures tell them not apart, so both go.
+        """
+        if not again and self._open.pop(new.request_id, None) is not None:
+            return None
         self._open[new.request_id] = new
         return self._open.popitem(last=False)[1] if len(self._open) > OPEN_MAX else None
 

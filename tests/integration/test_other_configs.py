@@ -101,15 +101,16 @@ class TestDropIn:
     @pytest.fixture(scope="class")
     @classmethod
     def stack(cls, start_stack: Start, valkey: ValkeyServer, model_path: str) -> local_stack.Running:
-        """The file as it is, with another model, the CPU's arguments, and this Valkey put in."""
+        """The file as it is, with another model, the CPU's arguments, this Valkey, and a choice by score put in."""
         loaded = config("serve-llm-drop-in.yaml")
         (llm,) = loaded["applications"][0]["args"]["llm_configs"]
         cpu = config("quickstart.yaml")["applications"][1]["args"]["llm"]
         llm["model_loading_config"]["model_source"] = model_path
         llm["deployment_config"].update(ray_actor_options=cpu["deployment_config"]["ray_actor_options"])
-        llm["deployment_config"]["request_router_config"]["request_router_kwargs"]["redis_url"] = (
-            f"redis://127.0.0.1:{valkey.port}"
-        )
+        llm["deployment_config"]["request_router_config"]["request_router_kwargs"] |= {
+            "redis_url": f"redis://127.0.0.1:{valkey.port}",
+            "strategy": "longest_prefix",
+        }
         llm.update({name: cpu[name] for name in ("accelerator_config", "placement_group_config", "runtime_env")})
         llm["engine_kwargs"] = cpu["engine_kwargs"]
         return start_stack(loaded, direct=True)

@@ -49,6 +49,16 @@ def test_a_slower_tier_is_better_than_nothing_and_worse_than_the_gpu() -> None:
     assert dear.choose(keys).ranked == [A, B]  # an operator may say that loading costs more than computing
 
 
+def test_a_request_that_reads_no_cache_finds_nothing_in_one() -> None:
+    router = Router([A, B])
+    keys = text("x", 100)
+    router.stored(A, keys)
+    router.reported(A, 3, START_S)
+    choice = router.chooser.choose(router.pods, router.found(prompt(keys)).without_matches(), START_S)
+    assert choice.ranked == [B, A]
+    assert choice.outcome is Outcome.MISS
+
+
 def test_full_pods_come_last_in_their_order() -> None:
     router = Router()
     keys = text("x", 100)
@@ -89,11 +99,11 @@ def test_a_pod_that_is_drained_is_not_chosen_and_leaves_nothing_behind() -> None
     assert router.choose(keys).ranked == [B]
     chooser = router.chooser
     assert chooser.in_flight.count(A, START_S) == 0
-    assert chooser.in_flight.report(A) is None
+    assert chooser.in_flight.report(A, START_S) is None
     assert chooser.ledger.queued_tokens(A) == 0
     assert chooser.ledger.speculative_blocks(keys, {A: 0}, START_S) == {}
     assert chooser.rates.s_per_token(A) == chooser.rates.s_per_token(C)
-    assert not chooser._unused_blocks
+    assert not chooser._with_room
     assert chooser.turnover.shares([A, B], START_S)[A] == chooser.turnover.shares([A, B], START_S)[B]
 
 
@@ -160,7 +170,11 @@ def test_prompts_of_a_request_are_summed() -> None:
     after = router.chooser.choose(router.pods, found, START_S)
     assert after.costs[B].queue_s == pytest.approx((found.prompt_tokens - 1280) / 15_000)  # once, not per prompt
     assert after.costs[B].decode_s == pytest.approx(8 / 15_000)
-    assert [route.keys for route in router.chooser.route(sent, found)] == [one]
+    assert [(route.keys, route.tokens) for route in router.chooser.route(sent, found)] == [
+        (one, 645),
+        (b"", 5),
+        (b"", 5),
+    ]
     router.chooser.withdraw(sent)
     assert router.chooser.ledger.queued_tokens(B) == 0
     assert router.chooser.in_flight.count(B, START_S) == 0
@@ -181,6 +195,32 @@ def test_of_an_incomplete_prompt_the_known_part_decides() -> None:
     router.chooser.sent(first, nothing, choice, START_S)
     assert router.chooser.ledger.queued_tokens(first) == 3000
     assert router.chooser.choose(router.pods, nothing, START_S).ranked[0] != first
+
+
+def test_of_an_incomplete_prompt_the_rest_is_queued_though_the_known_part_is_held() -> None:
+    router = Router([A, B])
+    system = text("system", 60)
+    for pod in router.pods:
+        router.stored(pod, system)
+    got = Counter[str]()
+    for i in range(4):
+        late = prompt(system, rest_tokens=30_000, complete=False)
+        sent, _ = router.send(late, now_s=START_S + i)  # each after the ledger was compared with the index
+        got[sent.pod] += 1
+    assert got == {A: 2, B: 2}
+    assert router.chooser.ledger.queued_tokens(A) == 60_000
+    router.reported(A, 0, START_S + 10)
+    assert router.chooser.ledger.queued_tokens(A) == 0
+
+
+def test_a_pod_that_is_not_heard_any_more_is_not_full_for_ever() -> None:
+    router = Router([A, B])
+    router.reported(A, 60, START_S, 700)
+    assert router.chooser.in_flight.count(A, START_S + 1) == 60
+    assert router.chooser.in_flight.count(A, START_S + 6) == 0
+    router.stored(B, text("x", 40))
+    assert router.choose(text("y", 45), START_S + 1).costs[B].displace_s > 0.07  # A would have room
+    assert router.choose(text("y", 45), START_S + 6).costs[B].displace_s < 0.05
 
 
 def test_without_knowledge_the_load_decides_and_the_reason_is_told() -> None:
@@ -256,6 +296,10 @@ def test_strategies_of_scores(strategy: Strategy) -> None:
     choice = router.chooser.choose(router.pods, found, START_S)
     assert choice.ranked == [A, C, B]
     assert (choice.outcome, dict(choice.costs)) == (Outcome.HIT, {})
+    sent = router.chooser.sent(A, found, choice, START_S)
+    assert router.chooser.route(sent, found) == []  # it rests on no costs: nothing of it is in a ledger
+    assert router.chooser.in_flight.count(A, START_S) == 51
+    router.chooser.withdraw(sent)
     cold = router.choose(text("cold", 10))
     assert cold.ranked == [C, B, A]
     assert cold.outcome is Outcome.MISS

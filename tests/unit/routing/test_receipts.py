@@ -58,6 +58,16 @@ def test_a_refused_request_is_under_the_name_of_who_took_it() -> None:
     assert (closed.chosen, closed.refused_by) == ("b", "a")
 
 
+def test_two_requests_of_one_id_are_not_taken_for_each_other() -> None:
+    receipts = Receipts()
+    for again in (False, True):  # the same request, decided twice
+        receipts.open(receipt("x", "r", 5.0, 0.0, A, choice(), found()), again=again)
+    assert receipts.close(A, Served("cmpl-x-0", 1000, 0, 0.0, 0.1)) is not None
+    for _ in range(2):
+        receipts.open(receipt("x", "r", 5.0, 0.0, A, choice(), found()))
+    assert receipts.close(A, Served("cmpl-x-0", 1000, 0, 0.0, 0.1)) is None
+
+
 def test_open_receipts_are_bounded() -> None:
     receipts = Receipts()
     gone = [receipts.open(receipt(str(i), "r", 5.0, 0.0, A, choice(), None)) for i in range(OPEN_MAX + 2)]
