@@ -35,8 +35,12 @@ class Cell:
 
     @property
     def stack(self) -> tuple[str, Shape]:
-        """Cells with the same can share one. Plain vLLM servers do not care which policy is before them."""
-        return "plain" if self.system.vllm_router else self.system.value, self.scenario.shape
+        """Cells with the same can share one. Plain vLLM servers do not care which policy is before them.
+
+        But an LMCache server cannot be emptied: what one system had stored, the next would find.
+        """
+        shape = self.scenario.shape
+        return "plain" if self.system.vllm_router and not shape.lmcache else self.system.value, shape
 
     @property
     def key(self) -> tuple[str, str]:

@@ -55,6 +55,8 @@ def test_every_stack_is_started_once(every: list[Scenario]) -> None:
     stacks = [cell.stack for cell in plan(list(System), every)]
     changes = [stack for i, stack in enumerate(stacks) if i == 0 or stacks[i - 1] != stack]
     assert len(changes) == len(set(stacks))
+    with_lmcache = [cell for cell in plan(list(System), every) if cell.scenario.shape.lmcache]
+    assert len({cell.stack for cell in with_lmcache}) == len(with_lmcache)  # its server cannot be emptied
 
 
 def test_systems_that_know_prefixes_run_everything(every: list[Scenario]) -> None:
