@@ -12,6 +12,7 @@ its data). While it loads, and while Redis is away, readers go on with the index
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import threading
 import time
@@ -61,6 +62,7 @@ READ_BLOCK_MS = 200
 READ_COUNT = 1000  # entries per XREAD
 SCAN_COUNT = 10_000  # keys per SSCAN
 BURY_AFTER_S = 60.0  # a domain without a lease for so long is dropped from Redis
+BURY_RETRY_S = 10.0  # after Redis refused that, or failed in it
 RETRY_S = 0.5
 _LOG_START = "0-0"
 NEWS_MAX = 10_000  # what nobody asks for is dropped, oldest first
@@ -96,6 +98,7 @@ class Mirror:
         self._keys = Keyspace(model)
         self._redis = connect(url, name="kvcache-mirror", slot_of=self._keys.log)
         self._faults = FaultLog(logger, f"going on with the index of {redact(url)} as it is")
+        self._bury_faults = FaultLog(logger, f"what dead publishers left in {redact(url)} stays there for now")
         self._max_blocks = max_blocks
         self._tier_order = tuple(tier_order)
         self._index = self._new_index()
@@ -111,7 +114,8 @@ class Mirror:
         self._fresh_at_s: float | None = None  # monotonic; None: never loaded
         self._lag_s = 0.0
         self._check_at_s = 0.0
-        self.counters: Counter[str] = Counter()  # entries applied by op, reloads, gaps, errors
+        self._bury_at_s = 0.0
+        self.counters: Counter[str] = Counter()  # entries applied by op, loads, gaps, errors, bury_errors
         self._ready = threading.Event()
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._run, name=f"kvcache-mirror-{model}", daemon=True)
@@ -312,8 +316,8 @@ class Mirror:
         self._check_at_s = now + CHECK_PERIOD_S
         self._check_leases(self._index)
         self._check_log()
-        if self._bury:
-            self._bury_dead(now)
+        if self._bury and now >= self._bury_at_s:
+            self._try_to_bury(now)
 
     def _check_leases(self, index: MemoryIndex) -> None:
         domains = index.domains()
@@ -353,27 +357,36 @@ class Mirror:
         if newest == applied and _seqs(seqs) != self._seq:
             raise _LogGapError("entries are missing before the last one")
 
-    def _bury_dead(self, now_s: float) -> None:
-        """Delete what is left of domains that died without a word: only if the lease is still gone."""
-        for domain in self._index.domains():
-            lost_at_s = self._lease_lost_at_s.get(domain.id)
-            if lost_at_s is None or now_s - lost_at_s < BURY_AFTER_S:
-                continue
-            lease = self._keys.lease(domain.id)
-            with self._redis.pipeline(transaction=True) as pipeline:
-                pipeline.watch(lease)  # type: ignore[no-untyped-call]
-                if pipeline.exists(lease):
-                    continue
-                stored: Any = pipeline.hget(self._keys.domains, domain.id)
-                pipeline.multi()
-                if stored is not None:
-                    record = decode_domain(stored)
-                    for tier in record.tiers:
-                        pipeline.unlink(self._keys.blocks(domain.id, Epoch(record.epoch), Tier(tier)))
-                    pipeline.hdel(self._keys.domains, domain.id)
-                    pipeline.hdel(self._keys.seqs, domain.id)
-                pipeline.xadd(self._keys.log, {LOG_FIELD: encode(LogRecord("leave", domain.id, domain.epoch))})
-                pipeline.execute()
+    def _try_to_bury(self, now_s: float) -> None:
+        """Following needs no right to write, so it never waits for what does."""
+        try:
+            for domain in self._index.domains():
+                lost_at_s = self._lease_lost_at_s.get(domain.id)
+                if lost_at_s is not None and now_s - lost_at_s >= BURY_AFTER_S:
+                    self._bury_dead(domain)
+            self._bury_faults.healed()
+        except (redis.RedisError, OSError) as error:
+            self._bury_faults.failed(store_error(error, self._keys))
+            self.counters["bury_errors"] += 1
+            self._bury_at_s = time.monotonic() + BURY_RETRY_S
+
+    def _bury_dead(self, domain: Domain) -> None:
+        """Delete what is left of a domain that died without a word: only if the lease is still gone."""
+        lease = self._keys.lease(domain.id)
+        with self._redis.pipeline(transaction=True) as pipeline, contextlib.suppress(redis.WatchError):
+            pipeline.watch(lease)  # type: ignore[no-untyped-call]
+            if pipeline.exists(lease):
+                return
+            stored: Any = pipeline.hget(self._keys.domains, domain.id)
+            pipeline.multi()
+            if stored is not None:
+                record = decode_domain(stored)
+                for tier in record.tiers:
+                    pipeline.unlink(self._keys.blocks(domain.id, Epoch(record.epoch), Tier(tier)))
+                pipeline.hdel(self._keys.domains, domain.id)
+                pipeline.hdel(self._keys.seqs, domain.id)
+            pipeline.xadd(self._keys.log, {LOG_FIELD: encode(LogRecord("leave", domain.id, domain.epoch))})
+            pipeline.execute()
 
     def _note_load(self, domain_id: DomainId, in_flight: int, unused_blocks: int = 0) -> None:
         domain = self._index.domain(domain_id)
