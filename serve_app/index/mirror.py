@@ -130,6 +130,11 @@ class Mirror:
         """Whether the index was loaded within the time."""
         return self._ready.wait(timeout_s)
 
+    @property
+    def is_running(self) -> bool:
+        """Whether it follows, or tries to."""
+        return self._thread.is_alive()
+
     def close(self) -> None:
         self._stop.set()
         if self._thread.is_alive():
