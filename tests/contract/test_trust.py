@@ -16,7 +16,7 @@ from serve_app.index import mirror as mirror_module
 from serve_app.index.keyspace import HeartbeatRecord
 from serve_app.index.mirror import Mirror
 from serve_app.index.redis_writer import RedisWriter
-from serve_app.routing.costs import CostWeights, cost
+from serve_app.routing.costs import tokens_to_compute
 from serve_app.scoring import TRUST_WEIGHTS, score
 from serve_app.types import GPU, DomainId, Epoch, PodId, PodMatch, Trust
 from tests.helpers import MODEL, eventually, keys, pod
@@ -79,5 +79,4 @@ def test_an_index_that_redis_has_left_serves_on_and_is_not_restarted(tmp_path: P
 def test_what_is_not_trusted_counts_less(trust: Trust) -> None:
     match = PodMatch({GPU: 800}, trust=trust)
     assert score(match, 1000) == pytest.approx(800 * TRUST_WEIGHTS[trust])
-    _, compute = cost(1000, match, 0, 0, 0, 1e-4, 1.0, CostWeights())
-    assert compute == 1000 - int(800 * TRUST_WEIGHTS[trust])
+    assert tokens_to_compute(1000, match, 0) == 1000 - int(800 * TRUST_WEIGHTS[trust])
