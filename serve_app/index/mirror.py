@@ -23,7 +23,7 @@ from typing import Any, TypeVar
 
 import redis
 
-from serve_app.index.connection import connect, redact
+from serve_app.index.connection import connect, leave_server, redact
 from serve_app.index.faults import FaultLog, store_error
 from serve_app.index.keyspace import (
     LOG_FIELD,
@@ -221,6 +221,7 @@ class Mirror:
             except (redis.RedisError, OSError) as error:
                 self._faults.failed(store_error(error, self._keys))
                 self.counters["errors"] += 1
+                leave_server(self._redis, error)
                 self._check_at_s = 0.0  # what answers next may be another server: see that it has the log we read
                 self._stop.wait(RETRY_S)
             except Exception:
@@ -329,6 +330,8 @@ class Mirror:
         if not domains:
             return
         leases: Any = self._redis.mget([self._keys.lease(domain.id) for domain in domains])
+        if not any(leases):
+            leave_server(self._redis)  # a primary that was demoted, and is not yet told of the new one, looks like this
         now = time.monotonic()
         for domain, lease in zip(domains, leases, strict=True):
             if lease is None:
@@ -372,6 +375,7 @@ class Mirror:
             self._bury_faults.healed()
         except (redis.RedisError, OSError) as error:
             self._bury_faults.failed(store_error(error, self._keys))
+            leave_server(self._redis, error)
             self.counters["bury_errors"] += 1
             self._bury_at_s = time.monotonic() + BURY_RETRY_S
 

@@ -23,7 +23,8 @@ import msgspec
 import redis
 
 from serve_app.blocks import split_keys
-from serve_app.index.connection import connect
+from serve_app.errors import StoreError
+from serve_app.index.connection import connect, leave_server
 from serve_app.index.faults import store_error
 from serve_app.index.keyspace import (
     LOG_FIELD,
@@ -135,7 +136,7 @@ class RedisWriter:
         try:
             answers = self._pipeline.execute()
         except (redis.RedisError, OSError) as error:
-            raise store_error(error, self._keys) from error
+            raise self._failed(error) from error
         finally:
             self._pipeline.reset()
         for published in unflushed:
@@ -175,7 +176,7 @@ class RedisWriter:
                 pipeline.scard(name)
             _, stored, seq, *answers = pipeline.execute()
         except (redis.RedisError, OSError) as error:
-            raise store_error(error, self._keys) from error
+            raise self._failed(error) from error
         if stored is None or seq is None or decode_domain(stored).epoch != published.domain.epoch:
             return False
         sizes = answers[len(sets) :]
@@ -253,6 +254,10 @@ class RedisWriter:
     def _append(self, record: LogRecord) -> None:
         self._pipeline.xadd(self._keys.log, {LOG_FIELD: encode(record)}, maxlen=LOG_MAX_ENTRIES, approximate=True)
 
+    def _failed(self, error: redis.RedisError | OSError, command: str = "") -> StoreError:
+        leave_server(self._redis, error)
+        return store_error(error, self._keys, command)
+
     def _unlink(self, published: _Published) -> None:
         domain = published.domain
         if published.tiers:
@@ -263,7 +268,7 @@ class RedisWriter:
         try:
             stored: Any = self._redis.hget(self._keys.domains, domain_id)
         except (redis.RedisError, OSError) as error:
-            raise store_error(error, self._keys, f"HGET {self._keys.domains}") from error
+            raise self._failed(error, f"HGET {self._keys.domains}") from error
         if stored is not None:
             old = decode_domain(stored)
             names = [self._keys.blocks(domain_id, Epoch(old.epoch), Tier(tier)) for tier in old.tiers]

@@ -23,11 +23,12 @@ from serve_app.index import mirror as mirror_module
 from serve_app.index.keyspace import HeartbeatRecord, Keyspace
 from serve_app.index.mirror import Mirror
 from serve_app.index.redis_writer import LOG_MAX_ENTRIES, RedisWriter
+from serve_app.index.router_log import RouterLog
 from serve_app.types import GPU, BlockKeys, DomainId, Epoch, PodId
 from tests.engine import MODEL, POD, SIZE, Engine, PublisherProcess, engine_hash, prompt
 from tests.helpers import eventually, keys, pod
 from tests.proxy import Proxy
-from tests.servers import HOST, Server, sentinel_for
+from tests.servers import HOST, Server, free_port, sentinel_for
 
 KEYS = Keyspace(MODEL)
 HEAL_S = 30  # far more than is needed; the waits end as soon as it is so
@@ -336,6 +337,24 @@ def test_a_failover_that_lost_the_last_changes(tmp_path: Path) -> None:
         primary.start()  # it becomes a replica of the other
         fleet.store(22)
         fleet.settle()
+
+
+def test_an_address_that_leads_to_another_primary(fleet: Fleet, server: Server, tmp_path: Path) -> None:
+    """A virtual IP, or a Service of Kubernetes: old connections still end at the old primary, which still answers."""
+    primary, to_router = Server(tmp_path / "new"), Proxy(server.port)
+    router = RouterLog(to_router.url, MODEL, "router")
+    router.start()
+    with server.client() as old, primary.client() as new, contextlib.closing(to_router), contextlib.closing(router):
+        eventually(lambda: old.exists(KEYS.routers))
+        old.execute_command("REPLICAOF", HOST, free_port())  # and it knows of no other yet
+        eventually(lambda: fleet.mirror.pods() == [], 10)  # nobody can renew a lease there
+        for proxy in (fleet.to_publisher, fleet.to_mirror, to_router):
+            proxy.target = primary.port
+        fleet.store(20, 21)
+        fleet.remove(3, 4)
+        fleet.settle()
+        eventually(lambda: new.exists(KEYS.routers))
+    primary.kill()
 
 
 def test_a_log_that_was_trimmed_under_a_slow_mirror(fleet: Fleet, server: Server) -> None:
