@@ -291,7 +291,9 @@ class Mirror:
                 self._lease_lost_at_s.pop(domain, None)
             case "leave":
                 index.leave(domain, epoch)
-                self._forget(domain)
+                last = self._seq.get(domain)
+                if last is None or last[0] == epoch:  # an earlier publisher's leave says nothing of who has it now
+                    self._forget(domain)
             case "load":
                 self._note_load(domain, record.in_flight, record.unused_blocks)
                 if record.served:
@@ -387,9 +389,11 @@ class Mirror:
             if pipeline.exists(lease):
                 return
             stored: Any = pipeline.hget(self._keys.domains, domain.id)
+            record = None if stored is None else decode_domain(stored)
+            if record is not None and record.epoch != domain.epoch:
+                return  # who has just joined has no lease yet
             pipeline.multi()
-            if stored is not None:
-                record = decode_domain(stored)
+            if record is not None:
                 for tier in record.tiers:
                     pipeline.unlink(self._keys.blocks(domain.id, Epoch(record.epoch), Tier(tier)))
                 pipeline.hdel(self._keys.domains, domain.id)

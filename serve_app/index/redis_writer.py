@@ -8,7 +8,8 @@ log entry each: their order only matters where they are about the same block, so
 
 When `flush` fails it is not known what arrived: the caller joins again under a new epoch, and everything older is void.
 What Redis lost later (a failover, a restart from an older snapshot, a deleted or evicted key) shows at the next
-heartbeat.
+heartbeat, and so does a second publisher of the same domain. Of two the one that joined last has it; the other may join
+again when the lease has ended.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ import msgspec
 import redis
 
 from serve_app.blocks import split_keys
-from serve_app.errors import StoreError
+from serve_app.errors import DomainTaken, StoreError
 from serve_app.index.connection import connect, leave_server
 from serve_app.index.faults import store_error
 from serve_app.index.keyspace import (
@@ -72,6 +73,7 @@ class RedisWriter:
         self._published: dict[DomainId, _Published] = {}
         self._pipeline = self._redis.pipeline(transaction=True)
         self._set_sizes: Counter[str] = Counter()  # blocks set -> members, by Redis' own answers
+        self._taken: dict[DomainId, bytes] = {}  # by another publisher -> the lease as we wrote it last
         self._run: tuple[DomainId, Tier] | None = None  # whose changes are in `_added` and `_removed`
         self._added: set[BlockKey] = set()  # of the run; none is in both
         self._removed: set[BlockKey] = set()
@@ -79,7 +81,12 @@ class RedisWriter:
     # -- IndexWriter, buffered ------------------------------------------------------------------------------------
 
     def join(self, domain: Domain) -> None:
-        """Register a domain under its (new) epoch and drop what an earlier epoch left; or change its record."""
+        """Register a domain under its (new) epoch and drop what an earlier epoch left; or change its record.
+
+        Raises:
+            DomainTaken: by the publisher that took it from this one before, and that still renews the lease.
+            StoreError: Redis did not answer.
+        """
         self._end_run()
         known = self._current(domain.id, domain.epoch)
         if known is not None:
@@ -88,6 +95,7 @@ class RedisWriter:
             self._pipeline.hset(self._keys.domains, domain.id, encode(record))
             self._log(known, "join", record=record)
             return
+        self._check_free(domain.id)
         self._drop_state(domain.id)
         published = self._published[domain.id] = _Published(domain)
         self._pipeline.hset(self._keys.domains, domain.id, encode(DomainRecord.of(domain)))
@@ -108,15 +116,22 @@ class RedisWriter:
         self._log(published, "clear")
 
     def leave(self, domain: DomainId, epoch: Epoch) -> None:
+        """Drop the domain; of one that another publisher has by now only what is our own.
+
+        Raises:
+            StoreError: Redis did not answer.
+        """
         published = self._current(domain, epoch)
         if published is None:
             return
         self._end_run()
+        stored = self._stored(domain)
         self._unlink(published)
-        self._pipeline.hdel(self._keys.domains, domain)
-        self._pipeline.hdel(self._keys.seqs, domain)
-        self._pipeline.delete(self._keys.lease(domain))
-        self._log(published, "leave")
+        if stored is None or stored.epoch == epoch or not published.flushed_seq:
+            self._pipeline.hdel(self._keys.domains, domain)
+            self._pipeline.hdel(self._keys.seqs, domain)
+            self._pipeline.delete(self._keys.lease(domain))
+            self._log(published, "leave")
         del self._published[domain]
 
     def flush(self) -> None:
@@ -157,16 +172,17 @@ class RedisWriter:
         """Renew the lease. False: Redis no longer has all that was flushed under this epoch; join again.
 
         Raises:
+            DomainTaken: another publisher has joined since.
             StoreError: Redis did not answer.
         """
         published = self._published.get(domain)
         if published is None:
             return False
         published.beats += 1
-        record = msgspec.structs.replace(record, beat=published.beats)
+        lease = encode(msgspec.structs.replace(record, beat=published.beats))
         try:
             pipeline = self._redis.pipeline(transaction=True)
-            pipeline.set(self._keys.lease(domain), encode(record), px=self._lease_ttl_ms)
+            pipeline.set(self._keys.lease(domain), lease, px=self._lease_ttl_ms)
             pipeline.hget(self._keys.domains, domain)
             pipeline.hget(self._keys.seqs, domain)
             sets = [self._keys.blocks(domain, published.domain.epoch, tier) for tier in published.tiers]
@@ -177,7 +193,11 @@ class RedisWriter:
             _, stored, seq, *answers = pipeline.execute()
         except (redis.RedisError, OSError) as error:
             raise self._failed(error) from error
-        if stored is None or seq is None or decode_domain(stored).epoch != published.domain.epoch:
+        stored_epoch = None if stored is None else decode_domain(stored).epoch
+        if stored_epoch is not None and stored_epoch > published.domain.epoch:
+            self._taken[domain] = lease
+            raise _taken(domain)
+        if seq is None or stored_epoch != published.domain.epoch:
             return False
         sizes = answers[len(sets) :]
         return bool(
@@ -263,14 +283,37 @@ class RedisWriter:
         if published.tiers:
             self._pipeline.unlink(*(self._keys.blocks(domain.id, domain.epoch, t) for t in sorted(published.tiers)))
 
+    def _check_free(self, domain_id: DomainId) -> None:
+        """After another publisher took the domain, it is free when nobody renews the lease any more."""
+        own_lease = self._taken.get(domain_id)
+        if own_lease is None:
+            return
+        try:
+            answer: Any = self._redis.mget([self._keys.lease(domain_id)])
+        except (redis.RedisError, OSError) as error:
+            raise self._failed(error) from error
+        if answer[0] not in (None, own_lease):
+            raise _taken(domain_id)
+        del self._taken[domain_id]
+
     def _drop_state(self, domain_id: DomainId) -> None:
         """Unlink the sets of the domain's earlier epoch, whoever wrote them."""
+        old = self._stored(domain_id)
+        if old is not None and old.tiers:
+            self._pipeline.unlink(*(self._keys.blocks(domain_id, Epoch(old.epoch), Tier(tier)) for tier in old.tiers))
+
+    def _stored(self, domain_id: DomainId) -> DomainRecord | None:
+        """The domain's record as it is in Redis, whoever wrote it."""
         try:
             stored: Any = self._redis.hget(self._keys.domains, domain_id)
         except (redis.RedisError, OSError) as error:
             raise self._failed(error, f"HGET {self._keys.domains}") from error
-        if stored is not None:
-            old = decode_domain(stored)
-            names = [self._keys.blocks(domain_id, Epoch(old.epoch), Tier(tier)) for tier in old.tiers]
-            if names:
-                self._pipeline.unlink(*names)
+        return None if stored is None else decode_domain(stored)
+
+
+def _taken(domain: DomainId) -> DomainTaken:
+    return DomainTaken(
+        f"another publisher has joined as {domain}",
+        advice="every publisher needs a name of its own (`--pod`): stop one of the two",
+        refused=True,
+    )
