@@ -42,7 +42,8 @@ from serve_app.types import BlockKey, BlockKeys, Domain, DomainId, Epoch, ModelI
 
 LEASE_TTL_S = 3.0  # a dead domain is out of every mirror within this and one check of the mirror
 STATE_TTL_S = 600  # block sets that nobody renews go away by themselves
-LOG_MAX_ENTRIES = 20_000
+LOG_KEEP_S = 60.0  # a mirror that hangs for an answer, or a moment longer, finds the log as it left it
+LOG_MAX_ENTRIES = 200_000  # some 100 to 350 bytes each; what 64 busy replicas write in half a minute
 _KEYS_PER_COMMAND = 10_000
 
 
@@ -73,6 +74,8 @@ class RedisWriter:
         self._published: dict[DomainId, _Published] = {}
         self._pipeline = self._redis.pipeline(transaction=True)
         self._set_sizes: Counter[str] = Counter()  # blocks set -> members, by Redis' own answers
+        self._log_at_ms = 0  # of the newest entry we know of, by Redis' clock: ours may be another; 0: of none
+        self._trim_by_age = False
         self._taken: dict[DomainId, bytes] = {}  # by another publisher -> the lease as we wrote it last
         self._run: tuple[DomainId, Tier] | None = None  # whose changes are in `_added` and `_removed`
         self._added: set[BlockKey] = set()  # of the run; none is in both
@@ -162,6 +165,8 @@ class RedisWriter:
                     self._set_sizes[command[1]] += answer
                 case "SREM":
                     self._set_sizes[command[1]] -= answer
+                case "XADD":
+                    self._log_at_ms = int(answer.split(b"-")[0])
                 case "UNLINK":
                     for name in command[1:]:
                         del self._set_sizes[name]
@@ -272,10 +277,20 @@ class RedisWriter:
         self._append(LogRecord(op, domain.id, domain.epoch, published.seq, tier, keys, record))
 
     def _append(self, record: LogRecord) -> None:
-        self._pipeline.xadd(self._keys.log, {LOG_FIELD: encode(record)}, maxlen=LOG_MAX_ENTRIES, approximate=True)
+        """Redis trims by age or by number, not by both at once: entries take turns."""
+        self._trim_by_age = not self._trim_by_age and self._log_at_ms > 0
+        oldest = str(self._log_at_ms - int(LOG_KEEP_S * 1000)) if self._trim_by_age else None
+        self._pipeline.xadd(
+            self._keys.log,
+            {LOG_FIELD: encode(record)},
+            minid=oldest,
+            maxlen=None if oldest else LOG_MAX_ENTRIES,
+            approximate=True,
+        )
 
     def _failed(self, error: redis.RedisError | OSError, command: str = "") -> StoreError:
         leave_server(self._redis, error)
+        self._log_at_ms = 0  # what answers next may have a clock of its own
         return store_error(error, self._keys, command)
 
     def _unlink(self, published: _Published) -> None:

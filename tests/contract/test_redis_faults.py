@@ -20,9 +20,10 @@ from vllm.distributed.kv_events import BlockRemoved
 
 from serve_app.events.publisher import RETRY_S, Publisher, PublisherConfig
 from serve_app.index import mirror as mirror_module
+from serve_app.index import redis_writer as writer_module
 from serve_app.index.keyspace import HeartbeatRecord, Keyspace
 from serve_app.index.mirror import Mirror
-from serve_app.index.redis_writer import LOG_MAX_ENTRIES, RedisWriter
+from serve_app.index.redis_writer import RedisWriter
 from serve_app.index.router_log import RouterLog
 from serve_app.types import GPU, BlockKeys, DomainId, Epoch, PodId
 from tests.engine import MODEL, POD, SIZE, Engine, PublisherProcess, engine_hash, prompt
@@ -357,18 +358,21 @@ def test_an_address_that_leads_to_another_primary(fleet: Fleet, server: Server, 
     primary.kill()
 
 
-def test_a_log_that_was_trimmed_under_a_slow_mirror(fleet: Fleet, server: Server) -> None:
+def test_a_log_that_was_trimmed_under_a_slow_mirror(
+    fleet: Fleet, server: Server, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(writer_module, "LOG_MAX_ENTRIES", 20_000)
     fleet.to_mirror.silence()
     other = RedisWriter(server.url, MODEL, lease_ttl_s=60)
     other.join(pod("other"))
-    for number in range(LOG_MAX_ENTRIES // 2 + 1000):  # an entry each: kinds that alternate are not merged
+    for number in range(11_000):  # an entry each: kinds that alternate are not merged
         other.add(DomainId("other"), Epoch(1), GPU, keys(number))
         other.remove(DomainId("other"), Epoch(1), GPU, keys(number))
     other.add(DomainId("other"), Epoch(1), GPU, keys(1))
     other.flush()
     assert other.heartbeat(DomainId("other"), HeartbeatRecord(1))
     with server.client() as client:
-        assert client.xlen(KEYS.log) < LOG_MAX_ENTRIES * 1.1
+        assert client.xlen(KEYS.log) < 22_000
     loads = fleet.mirror.counters["loads"]
     fleet.to_mirror.heal()
     eventually(lambda: fleet.mirror.counters["loads"] == loads + 1, HEAL_S)
@@ -378,6 +382,29 @@ def test_a_log_that_was_trimmed_under_a_slow_mirror(fleet: Fleet, server: Server
     other.flush()
     other.close()
     fleet.settle()
+
+
+def test_the_log_keeps_what_is_young_and_no_more(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
+    writer = RedisWriter(server.url, MODEL)
+    writer.join(pod(POD))
+    writer.flush()
+
+    def write(pairs: int) -> None:
+        for number in range(pairs):
+            writer.add(DomainId(POD), Epoch(1), GPU, keys(number))
+            writer.remove(DomainId(POD), Epoch(1), GPU, keys(number))
+        writer.flush()
+
+    with server.client() as client:
+        write(15_000)
+        write(1)
+        assert client.xlen(KEYS.log) == 30_003
+        monkeypatch.setattr(writer_module, "LOG_KEEP_S", 0.5)
+        time.sleep(1)
+        write(100)
+        write(100)  # the one before has told the time
+        assert 400 <= client.xlen(KEYS.log) < 1000
+    writer.close()
 
 
 def test_a_slow_mirror_that_is_never_trimmed_catches_up_without_loading_again(fleet: Fleet, server: Server) -> None:
