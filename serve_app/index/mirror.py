@@ -64,6 +64,9 @@ SCAN_COUNT = 10_000  # keys per SSCAN
 BURY_AFTER_S = 60.0  # a domain without a lease for so long is dropped from Redis
 BURY_RETRY_S = 10.0  # after Redis refused that, or failed in it
 RETRY_S = 0.5
+LOAD_LASTS_S = 10.0  # what was loaded should be followed for longer
+OUTRUN_LOADS = 3  # so many in a row that were not: then every next one waits twice as long
+RELOAD_MAX_S = 30.0
 _LOG_START = "0-0"
 NEWS_MAX = 10_000  # what nobody asks for is dropped, oldest first
 
@@ -115,6 +118,8 @@ class Mirror:
         self._lag_s = 0.0
         self._check_at_s = 0.0
         self._bury_at_s = 0.0
+        self._loaded_at_s = 0.0
+        self._outrun = 0  # loads in a row that the log did not last for
         self.counters: Counter[str] = Counter()  # entries applied by op, loads, gaps, errors, bury_errors
         self._ready = threading.Event()
         self._stop = threading.Event()
@@ -215,9 +220,7 @@ class Mirror:
                 self._follow()
                 self._faults.healed()
             except _LogGapError as gap:
-                logger.warning("index of %s is loaded again: %s", self._keys.log, gap)
-                self.counters["gaps"] += 1
-                self._position = None
+                self._load_again(gap)
             except (redis.RedisError, OSError) as error:
                 self._faults.failed(store_error(error, self._keys))
                 self.counters["errors"] += 1
@@ -229,6 +232,22 @@ class Mirror:
                 self.counters["errors"] += 1
                 self._position = None
                 self._stop.wait(RETRY_S)
+
+    def _load_again(self, gap: _LogGapError) -> None:
+        """A mirror that the log outruns would load without end, and slow down a Redis that is busy as it is."""
+        logger.warning("index of %s is loaded again: %s", self._keys.log, gap)
+        self.counters["gaps"] += 1
+        self._position = None
+        lasted = time.monotonic() - self._loaded_at_s > LOAD_LASTS_S
+        self._outrun = 0 if lasted else self._outrun + 1
+        if self._outrun == OUTRUN_LOADS:
+            logger.warning(
+                "the log %s is too short for this mirror: this process, or its network, is too slow for what is "
+                "published, or somebody else trims it (XTRIM); loading ever less often",
+                self._keys.log,
+            )
+        if self._outrun >= OUTRUN_LOADS:
+            self._stop.wait(min(RETRY_S * 2 ** (self._outrun - OUTRUN_LOADS), RELOAD_MAX_S))
 
     def _new_index(self) -> MemoryIndex:
         return MemoryIndex(self._max_blocks, self._tier_order)
@@ -253,7 +272,7 @@ class Mirror:
         self._check_leases(index)
         self._index = index
         self._position = position
-        self._fresh_at_s = time.monotonic()
+        self._fresh_at_s = self._loaded_at_s = time.monotonic()
         self.counters["loads"] += 1
         self._ready.set()
 

@@ -21,7 +21,7 @@ from vllm.distributed.kv_events import BlockRemoved
 from serve_app.events.publisher import RETRY_S, Publisher, PublisherConfig
 from serve_app.index import mirror as mirror_module
 from serve_app.index import redis_writer as writer_module
-from serve_app.index.keyspace import HeartbeatRecord, Keyspace
+from serve_app.index.keyspace import LOG_FIELD, HeartbeatRecord, Keyspace, LogRecord, encode
 from serve_app.index.mirror import Mirror
 from serve_app.index.redis_writer import RedisWriter
 from serve_app.index.router_log import RouterLog
@@ -381,6 +381,23 @@ def test_a_log_that_was_trimmed_under_a_slow_mirror(
     other.leave(DomainId("other"), Epoch(1))
     other.flush()
     other.close()
+    fleet.settle()
+
+
+def test_a_log_that_is_always_too_short_is_not_loaded_without_end(
+    fleet: Fleet, server: Server, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(mirror_module, "CHECK_PERIOD_S", 0.05)
+    loads, stopped = fleet.mirror.counters["loads"], time.monotonic() + 6
+    with server.client() as client:
+        while time.monotonic() < stopped:
+            client.xadd(KEYS.log, {LOG_FIELD: encode(LogRecord("load", POD, 0))})
+            time.sleep(0.05)
+            client.xtrim(KEYS.log, maxlen=0, approximate=False)
+            time.sleep(1.5 * mirror_module.READ_BLOCK_MS / 1000)  # only who has nothing to read looks back
+    assert 4 <= fleet.mirror.counters["loads"] - loads < 10  # at 0.5, 1, 2 and 4 s after the first ones
+    assert _warnings(caplog, "is too short for this mirror") == 1
+    assert fleet.mirror.match(prompt(_tokens(1)), [POD])[POD].total_tokens == SIZE  # it serves on
     fleet.settle()
 
 
