@@ -5,6 +5,7 @@ KVCacheError
 ├── PromptError           a request body has no prompt that can be scored; `reason` is a metric label
 ├── WireError             bytes from an engine that are not a KV event batch
 ├── StoreError            Redis did not do what it was asked
+│   └── DomainTaken       another publisher writes what this one writes
 └── IndexUnavailable      the index has no data for this model (yet)
 """
 
@@ -47,3 +48,7 @@ class StoreError(KVCacheError):
         super().__init__(f"{message}; {advice}" if advice else message)
         self.advice = advice
         self.refused = refused
+
+
+class DomainTaken(StoreError):
+    """Another publisher has joined under the same name since: what we write is void."""

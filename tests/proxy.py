@@ -16,12 +16,12 @@ class Proxy:
     """Listens on a port of its own and passes everything on, until it is told otherwise.
 
     Args:
-        target: port of the server.
+        target: port of the server; another one is for new connections only.
         tls: what it speaks to clients; None: plain TCP.
     """
 
     def __init__(self, target: int, tls: ssl.SSLContext | None = None) -> None:
-        self._target = target
+        self.target = target
         self._tls = tls
         self._sockets: set[socket.socket] = set()
         self.delay_s = 0.0  # before every answer
@@ -72,9 +72,9 @@ class Proxy:
                 return
             if self._tls is not None:
                 # A TLS socket must not be read and written by two threads at once: only its raw bytes are, here.
-                _serve_tls(client, self._tls, self._target)
+                _serve_tls(client, self._tls, self.target)
                 return
-            server = socket.create_connection((HOST, self._target))
+            server = socket.create_connection((HOST, self.target))
             self._sockets.add(server)
             back = threading.Thread(target=self._pump, args=(server, client, True), daemon=True)
             back.start()

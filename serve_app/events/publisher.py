@@ -23,7 +23,7 @@ from typing import Protocol
 import msgspec
 import zmq
 
-from serve_app.errors import StoreError, WireError
+from serve_app.errors import DomainTaken, StoreError, WireError
 from serve_app.events.endpoint import SilenceWatch
 from serve_app.events.engine_blocks import Added, Change, Cleared, EngineBlocks, Removed
 from serve_app.events.lmcache_source import LMCacheSource, decode_records
@@ -39,6 +39,7 @@ logger = logging.getLogger(__name__)
 HEARTBEAT_S = LEASE_TTL_S / 3
 LOAD_REPORT_S = 0.05  # at most one load report in this time, at least one per HEARTBEAT_S
 RETRY_S = 0.5
+STAND_BY_S = LEASE_TTL_S  # while another publisher has our domain: by then it has renewed the lease, or it is gone
 RETRY_REFUSED_MAX_S = 8.0  # while Redis answers and refuses, every attempt sends the whole set: then ever less often
 _POLL_MS = 50
 _BATCHES_PER_FLUSH = 2000
@@ -122,6 +123,7 @@ class Publisher:
         self._lost_in_life = False  # of the engine
         self._skipped: Counter[str] = Counter()
         self._retry_s = RETRY_S
+        self._standing_by = False
         self._faults = FaultLog(logger, "publishing everything again when it does as it is asked")
         self._silence = _silence_watch(config)
         self._poller = zmq.Poller()
@@ -156,12 +158,21 @@ class Publisher:
                 self._report_load(now)
                 self._writer.flush()
                 self._beat(now)
+        except DomainTaken as error:
+            self._stand_by(error)
         except StoreError as error:
             self._faults.failed(error)
             self._domain = None
             self._retry_at_s = time.monotonic() + self._retry_s
             self._retry_s = min(2 * self._retry_s, RETRY_REFUSED_MAX_S) if error.refused else RETRY_S
         return True
+
+    def _stand_by(self, error: DomainTaken) -> None:
+        """Two that take the domain from each other would publish everything once a second: who joined last has it."""
+        if not self._standing_by:
+            logger.warning("%s; publishing nothing until the other has ended", error)
+        self._standing_by, self._domain = True, None
+        self._retry_at_s = time.monotonic() + STAND_BY_S
 
     def _take(self, batches: Iterable[Received]) -> None:
         for received in batches:
@@ -270,6 +281,7 @@ class Publisher:
         self._heartbeat_at_s = 0.0
         self._beat(now_s)
         self._retry_s = RETRY_S
+        self._standing_by = False
         self._faults.healed()
         logger.info("joined %s as %s with %d blocks", config.model, config.pod, len(self._blocks))
 

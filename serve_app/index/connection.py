@@ -108,6 +108,16 @@ def answers(client: redis.Redis) -> bool:
         return False
 
 
+def leave_server(client: redis.Redis, error: Exception | None = None) -> None:
+    """Have the next command connect anew, if it was Redis that said no.
+
+    redis-py keeps a connection whose server answers, be it with an error. But that server may be a primary no more
+    (READONLY), or not of the Cluster (CLUSTERDOWN), while its address already leads to another.
+    """
+    if error is None or isinstance(error, redis.ResponseError):
+        client.connection_pool.disconnect(inuse_connections=False)
+
+
 # -- inside -----------------------------------------------------------------------------------------------------------
 
 

