@@ -56,7 +56,10 @@ class PrefixStore:
 
 
 class BlockIndex:
-    """Block keys -> matches, from a mirror of Redis."""
+    """Block keys -> matches, from a mirror of Redis.
+
+    Its methods are coroutines that never wait: Serve runs plain ones in many threads, a Desk is for one.
+    """
 
     def __init__(self, args: GraphArgs, redis_url: str) -> None:
         self._mirror = Mirror(
@@ -72,13 +75,13 @@ class BlockIndex:
         self._redis = connect(redis_url, name="kvcache-receipts", slot_of=Keyspace(self._model).receipts)
         self._metrics = IndexMetrics(self._mirror, args.model)
 
-    def spec(self) -> EngineSpec | None:
+    async def spec(self) -> EngineSpec | None:
         return self._mirror.spec()
 
-    def match(self, keys: BlockKeys, pods: Sequence[PodId] | None, count_hits: bool) -> dict[PodId, PodMatch]:
+    async def match(self, keys: BlockKeys, pods: Sequence[PodId] | None, count_hits: bool) -> dict[PodId, PodMatch]:
         return dict(self._mirror.match(keys, pods, count_hits=count_hits))
 
-    def costs(self, found: Found) -> dict[PodId, Cost]:
+    async def costs(self, found: Found) -> dict[PodId, Cost]:
         """What the request would cost at each pod that was looked up, by what the pods have reported."""
         pods = list(found.matches[0]) if found.matches else []
         self._desk.chooser.keep_only(self._mirror.pods())
@@ -92,7 +95,7 @@ class BlockIndex:
         except StoreError:
             return []
 
-    def describe(self) -> dict[str, Any]:
+    async def describe(self) -> dict[str, Any]:
         """The index as people want to see it."""
         return {
             "stale_for_s": round(self._mirror.stale_for_s(), 3),

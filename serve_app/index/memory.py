@@ -27,7 +27,7 @@ from typing import NamedTuple
 import numpy as np
 
 from serve_app.index.table import BlockTable
-from serve_app.types import GPU, BlockKeys, Domain, DomainId, Epoch, PodId, PodMatch, Tier, Trust
+from serve_app.types import GPU, BlockKeys, Domain, DomainId, EngineSpec, Epoch, PodId, PodMatch, Tier, Trust
 
 DEFAULT_MAX_BLOCKS = 20_000_000  # some 50 bytes each (benchmarks/bench_read_path.py)
 _EVICT_SHARE = 64  # evict 1/64 at a time: finding the oldest costs a pass over all
@@ -64,10 +64,26 @@ class _Group(NamedTuple):
 class _Live:
     """The domains that are there now, as a reader needs them. Bits are masks of one bit."""
 
-    __slots__ = ("attached", "bit_of", "chunk_of", "distrusted", "mask", "no_match", "pod_of", "shared", "trust_of")
+    __slots__ = (
+        "attached",
+        "bit_of",
+        "block_size",
+        "chunk_of",
+        "distrusted",
+        "mask",
+        "no_match",
+        "pod_of",
+        "shared",
+        "spec",
+        "trust_of",
+    )
 
     def __init__(self, members: Iterable[_Member]) -> None:
         live = [member for member in members if member.live]
+        # While a deployment is replaced by one with larger blocks there are two sizes. The first pod's counts: keys of
+        # the other size match nothing.
+        self.spec = next((member.domain.spec for member in live if member.domain.pod is not None), None)
+        self.block_size = self.spec.block_size if self.spec is not None else 0
         self.bit_of = {member.domain.pod: 1 << member.bit for member in live if member.domain.pod is not None}
         self.trust_of = {member.domain.pod: member.trust for member in live if member.domain.pod is not None}
         self.distrusted = {pod: trust for pod, trust in self.trust_of.items() if trust is not Trust.EXACT}
@@ -103,7 +119,6 @@ class MemoryIndex:
         self._tier_order = tuple(tier_order)
         self._tiers: dict[Tier, BlockTable] = {}
         self._members: dict[DomainId, _Member] = {}
-        self._block_size = 0
         self._live = _Live(())
 
     # -- writer ---------------------------------------------------------------------------------------------------
@@ -119,8 +134,6 @@ class MemoryIndex:
         used = {member.bit for member in self._members.values()}
         free = next(bit for bit in range(len(used) + 1) if bit not in used)
         self._members[domain.id] = _Member(domain, free)
-        if domain.pod is not None:  # a shared domain of an earlier deployment may have another one
-            self._block_size = domain.spec.block_size
         self._refresh()
 
     def add(self, domain: DomainId, epoch: Epoch, tier: Tier, keys: BlockKeys) -> None:
@@ -163,7 +176,7 @@ class MemoryIndex:
     def match(
         self, keys: BlockKeys, pods: Iterable[PodId] | None = None, *, count_hits: bool = False
     ) -> dict[PodId, PodMatch]:
-        live, block_size = self._live, self._block_size
+        live = self._live
         if pods is None:
             found, wanted = live.no_match.copy(), live.mask
         else:
@@ -172,6 +185,7 @@ class MemoryIndex:
                 wanted |= live.bit_of.get(pod, 0)
         if not wanted:
             return found
+        block_size = live.block_size
         tables = self._tiers
         shared = live.shared
         groups = [_Group(wanted | shared, 0, {})]
@@ -249,11 +263,16 @@ class MemoryIndex:
                     match = matches[attached] = (
                         PodMatch(group.tokens, group.end)
                         if load is None or end <= group.end
-                        else _beyond(group, load, end, self._block_size)
+                        else _beyond(group, load, end, live.block_size)
                     )
                 if hits is not None:
                     match = PodMatch(match.tokens, hits.get(bit, 0))
                 found[live.pod_of[bit]] = match
+
+    @property
+    def spec(self) -> EngineSpec | None:
+        """What the live engines agree on; None while there is none."""
+        return self._live.spec
 
     def pods(self) -> list[PodId]:
         """Live pods."""
@@ -261,7 +280,7 @@ class MemoryIndex:
 
     def domains(self) -> list[Domain]:
         """Every known domain, live or not."""
-        return [member.domain for member in self._members.values()]
+        return [member.domain for member in list(self._members.values())]
 
     def domain(self, domain: DomainId) -> Domain | None:
         member = self._members.get(domain)

@@ -177,10 +177,7 @@ class Mirror:
 
     def spec(self) -> EngineSpec | None:
         """What the live engines of the model agree on; None while there is none."""
-        for domain in self._index.domains():
-            if domain.pod is not None and self._index.is_live(domain.id):
-                return domain.spec
-        return None
+        return self._index.spec
 
     def load(self, pod: PodId) -> PodLoad | None:
         return self._loads.get(pod)

@@ -217,6 +217,18 @@ def test_a_shared_domain_of_other_blocks_does_not_change_what_a_pods_blocks_coun
     assert index.match(keys(1, 2))[A].tokens == {GPU: 8}
 
 
+def test_pods_of_two_block_sizes_are_measured_by_the_first_ones() -> None:
+    """While a deployment is replaced by one with larger blocks. Keys are of one size and say nothing of others."""
+    index = MemoryIndex(tier_order=(GPU,))
+    index.join(pod("a"))
+    index.add(DomainId("a"), E1, GPU, keys(1, 2))
+    index.join(replace(pod("b"), spec=replace(SPEC, block_size=32)))
+    assert index.match(keys(1, 2))[A].tokens == {GPU: 8}
+    assert index.spec == SPEC
+    index.leave(DomainId("a"), E1)
+    assert index.spec == replace(SPEC, block_size=32)
+
+
 def test_nobody_to_ask_for() -> None:
     index = MemoryIndex(tier_order=(GPU, CPU))
     index.join(pod("a"))
