@@ -18,7 +18,8 @@ from collections.abc import Awaitable, Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
-from serve_app.once import Once
+from serve_app.errors import PromptError
+from serve_app.once import RETRY_S, Once
 from serve_app.prompts.encoder import CHARS_PER_TOKEN, Prepared, PromptEncoder
 from serve_app.prompts.prefix_store import EncodedPrompt, PrefixStore
 from serve_app.prompts.tokenizer import Segment
@@ -38,7 +39,8 @@ class PromptService:
     Args:
         store: what is known of prompts.
         tokenize: where cold text goes; None means threads of this process (the tokenizer releases the GIL).
-        deadline_s: how long a request waits for its cold text; None means until it is there.
+        deadline_s: how long a request waits for its cold text; None means until it is there. With a deadline it does
+            not wait for the tokenizer to be loaded either: there is none until then.
         inline_chars: shorter cold text is tokenized on the spot.
     """
 
@@ -50,7 +52,7 @@ class PromptService:
         inline_chars: int = INLINE_CHARS,
     ) -> None:
         self.store = store
-        self.encoder: Once[EngineSpec, PromptEncoder] = Once(lambda spec: PromptEncoder(spec, store))
+        self.encoder: Once[EngineSpec, PromptEncoder] = Once(self._load)
         self._tokenize = tokenize
         self._deadline_s = deadline_s
         self._inline_chars = inline_chars
@@ -63,14 +65,35 @@ class PromptService:
         """Block keys of every prompt in the request; of one whose tokens are late, those that are known.
 
         Raises:
-            PromptError: there is nothing that can be scored.
+            PromptError: there is nothing that can be scored; "tokenizer_loading" and "no_tokenizer": not now.
         """
-        encoder = await self.encoder(spec)
+        encoder = await self._loaded(spec)
         started = [self._start(encoder, prepared) for prepared in encoder.prepare(body)]
         tasks = [task for _, task in started if isinstance(task, asyncio.Task)]
         if tasks:
             await asyncio.wait(tasks, timeout=self._deadline_s)
         return [_result(encoder, prepared, done) for prepared, done in started]
+
+    def _load(self, spec: EngineSpec) -> PromptEncoder:
+        """In a thread. Logs its failure here, once, since any number of requests, or none, may be waiting for it."""
+        try:
+            return PromptEncoder(spec, self.store)
+        except Exception:
+            logger.exception(
+                "kvcache: tokenizer %r cannot be loaded, so no request is scored; the first after %.0f s tries again",
+                spec.tokenizer,
+                RETRY_S,
+            )
+            raise
+
+    async def _loaded(self, spec: EngineSpec) -> PromptEncoder:
+        loading = self.encoder.start(spec)
+        if self._deadline_s is not None and not loading.done():
+            raise PromptError("tokenizer_loading", f"the tokenizer {spec.tokenizer!r} is being loaded")
+        try:
+            return await asyncio.shield(loading)
+        except Exception as error:
+            raise PromptError("no_tokenizer", f"the tokenizer cannot be loaded: {error}") from error
 
     def _start(
         self, encoder: PromptEncoder, prepared: Prepared

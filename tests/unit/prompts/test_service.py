@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import pytest
 
+from serve_app.errors import PromptError
 from serve_app.prompts.encoder import PromptEncoder
 from serve_app.prompts.prefix_store import PrefixStore
 from serve_app.prompts.service import PromptService
@@ -61,6 +64,7 @@ async def test_threads_give_the_same_keys(spec: EngineSpec) -> None:
 
 async def test_late_tokens_are_there_for_the_next_request(spec: EngineSpec, elsewhere: Elsewhere) -> None:
     service = PromptService(PrefixStore(10**7), elsewhere, deadline_s=0.05)
+    await service.encoder(spec)
     (first,) = await service.encode(chat(KNOWN), spec)  # short: on the spot
     assert first.complete
     assert elsewhere.asked == []
@@ -102,3 +106,33 @@ async def test_a_failure_leaves_what_is_known_and_is_tried_again(spec: EngineSpe
     elsewhere.fails = False
     (prompt,) = await service.encode(chat(DOCUMENT), spec)
     assert prompt == expected(spec, chat(DOCUMENT))
+
+
+async def test_with_a_deadline_nobody_waits_for_the_tokenizer(spec: EngineSpec) -> None:
+    service = PromptService(PrefixStore(10**7), deadline_s=5)
+    for _ in range(2):
+        with pytest.raises(PromptError) as caught:
+            await service.encode(chat(KNOWN), spec)
+        assert caught.value.reason == "tokenizer_loading"
+    await service.encoder(spec)  # the requests began to load it
+    assert await service.encode(chat(KNOWN), spec) == [expected(spec, chat(KNOWN))]
+
+
+@pytest.mark.parametrize("deadline_s", [None, 5.0])
+async def test_a_tokenizer_that_cannot_be_loaded_is_tried_and_logged_once(
+    deadline_s: float | None, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    service = PromptService(PrefixStore(10**7), deadline_s=deadline_s)
+    spec = EngineSpec(MODEL, 16, str(tmp_path))  # an empty folder
+    reasons = []
+    with caplog.at_level(logging.ERROR, "serve_app"):
+        for _ in range(3):
+            with pytest.raises(PromptError) as caught:
+                await service.encode(chat(KNOWN), spec)
+            reasons.append(caught.value.reason)
+            await asyncio.wait([service.encoder.start(spec)])
+    assert reasons == ["tokenizer_loading" if deadline_s else "no_tokenizer", "no_tokenizer", "no_tokenizer"]
+    assert [record.message for record in caplog.records if "cannot be loaded" in record.message] == [
+        f"kvcache: tokenizer {spec.tokenizer!r} cannot be loaded, so no request is scored; "
+        "the first after 30 s tries again"
+    ]
