@@ -98,6 +98,42 @@ async def test_the_same_cold_text_is_tokenized_once(spec: EngineSpec, elsewhere:
     assert sum(map(len, elsewhere.asked)) < 2 * len(DOCUMENT)
 
 
+async def test_beyond_so_much_pending_text_the_known_prefix_decides(spec: EngineSpec, elsewhere: Elsewhere) -> None:
+    service = PromptService(PrefixStore(10**7), elsewhere, deadline_s=0.01, max_pending_chars=15_000)
+    await service.encoder(spec)
+    await service.encode(chat(KNOWN), spec)
+    documents = [f"Document {n}. {DOCUMENT}" for n in range(4)]  # 6,000 characters each
+    prompts = [(await service.encode(chat(KNOWN, document), spec))[0] for document in documents]
+    assert [prompt.incomplete for prompt in prompts] == [
+        "tokens_late",
+        "tokens_late",
+        "tokenizer_busy",
+        "tokenizer_busy",
+    ]
+    assert prompts[3].keys == prompts[0].keys != b""
+    assert sum(map(len, elsewhere.asked)) < 15_000
+
+    (same,) = await service.encode(chat(KNOWN, documents[0]), spec)  # on its way already: nothing to take on
+    assert same.incomplete == "tokens_late"
+
+    elsewhere.open.set()
+    for _ in range(100):  # there is room again, as soon as this machine gets to it
+        await asyncio.sleep(0.01)
+        (prompt,) = await service.encode(chat(KNOWN, documents[3]), spec)
+        if prompt.complete:
+            break
+    assert (prompt.incomplete, prompt.keys) == ("", expected(spec, chat(KNOWN, documents[3])).keys)
+
+
+async def test_one_text_of_any_length_is_taken_on_also_after_failures(spec: EngineSpec, elsewhere: Elsewhere) -> None:
+    service = PromptService(PrefixStore(10**7), elsewhere, max_pending_chars=1)
+    elsewhere.open.set()
+    elsewhere.fails = True
+    assert [prompt.incomplete for prompt in await service.encode(chat(DOCUMENT), spec)] == ["tokens_late"]
+    elsewhere.fails = False
+    assert await service.encode(chat(DOCUMENT), spec) == [expected(spec, chat(DOCUMENT))]
+
+
 async def test_a_failure_leaves_what_is_known_and_is_tried_again(spec: EngineSpec, elsewhere: Elsewhere) -> None:
     service = PromptService(PrefixStore(10**7), elsewhere)
     elsewhere.open.set()
