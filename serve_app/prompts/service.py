@@ -52,7 +52,7 @@ class PromptService:
         tokenize: where cold text goes; None means threads of this process (the tokenizer releases the GIL).
         deadline_s: how long a request waits for its cold text; None means until it is there. With a deadline it does
             not wait for the tokenizer to be loaded either: there is none until then.
-        inline_chars: shorter cold text is tokenized on the spot.
+        inline_chars: of a request, shorter cold text is tokenized on the spot.
         max_pending_chars: beyond it no further cold text is taken on; the known prefix decides.
     """
 
@@ -83,7 +83,9 @@ class PromptService:
             PromptError: there is nothing that can be scored; "tokenizer_loading" and "no_tokenizer": not now.
         """
         encoder = await self._loaded(spec)
-        started = [self._start(encoder, prepared) for prepared in encoder.prepare(body)]
+        prompts = encoder.prepare(body)
+        inline = sum(_chars(prepared.missing) for prepared in prompts) < self._inline_chars
+        started = [self._start(encoder, prepared, inline) for prepared in prompts]
         tasks = [task for _, task in started if isinstance(task, asyncio.Task)]
         if tasks:
             await asyncio.wait(tasks, timeout=self._deadline_s)
@@ -110,8 +112,8 @@ class PromptService:
         except Exception as error:
             raise PromptError("no_tokenizer", f"the tokenizer cannot be loaded: {error}") from error
 
-    def _start(self, encoder: PromptEncoder, prepared: Prepared) -> tuple[Prepared, _Outcome]:
-        if _chars(prepared.missing) < max(1, self._inline_chars):
+    def _start(self, encoder: PromptEncoder, prepared: Prepared, inline: bool) -> tuple[Prepared, _Outcome]:
+        if inline or not _chars(prepared.missing):
             return prepared, encoder.finish(prepared, encoder.tokenize(prepared.missing))
         coming = self._order(encoder, prepared)
         if coming is None:

@@ -83,6 +83,15 @@ async def test_late_tokens_are_there_for_the_next_request(spec: EngineSpec, else
     assert now.known_token_count == now.token_count
 
 
+async def test_many_short_prompts_are_one_long_cold_text(spec: EngineSpec, elsewhere: Elsewhere) -> None:
+    service = PromptService(PrefixStore(10**7), elsewhere, deadline_s=0.01)
+    await service.encoder(spec)
+    prompts = [f"{n} {KNOWN}" for n in range(20)]  # 600 characters each, which alone would not go elsewhere
+    keys = await service.encode({"prompt": prompts}, spec)
+    assert elsewhere.asked == prompts
+    assert {prompt.incomplete for prompt in keys} == {"tokens_late"}
+
+
 async def test_the_same_cold_text_is_tokenized_once(spec: EngineSpec, elsewhere: Elsewhere) -> None:
     service = PromptService(PrefixStore(10**7), elsewhere)
     bodies = [chat(DOCUMENT, question) for question in ("Why?", "When?", "Why?", "Where?" * 100)]
