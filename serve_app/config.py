@@ -65,7 +65,7 @@ class IndexSettings(_Settings):
             "redis+cluster:// (?password_file=/path keeps the password out of it); or `embedded`."
         ),
     ] = EMBEDDED
-    max_blocks: Annotated[PositiveInt, Field(description="Cap of a mirror, in blocks (about 100 bytes each).")] = (
+    max_blocks: Annotated[PositiveInt, Field(description="Cap of a mirror, in blocks (about 50 bytes each).")] = (
         20_000_000
     )
     tier_order: Annotated[tuple[str, ...], Field(description="Cache tiers from fastest to slowest.")] = (

@@ -19,7 +19,12 @@ class ConfigError(KVCacheError, ValueError):
 
 
 class PromptError(KVCacheError):
-    """A request has no prompt that can be scored. The router falls back; the Score API answers 400."""
+    """A request has no prompt that can be scored. The router falls back; the Score API answers 400.
+
+    With a reason in `NOT_NOW` the request is not to blame: the Score API answers 503.
+    """
+
+    NOT_NOW = frozenset({"tokenizer_loading", "no_tokenizer"})
 
     def __init__(self, reason: str, message: str) -> None:
         super().__init__(reason, message)  # both are args, so that it survives pickling between deployments

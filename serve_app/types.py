@@ -67,7 +67,7 @@ class EncodedKeys:
     keys: BlockKeys  # of its full blocks; of the known ones, if it is not complete
     token_count: int  # with a guess for what is not known, if it is not complete
     known_token_count: int  # tokens that came from the prefix store, not from the tokenizer
-    incomplete: str = ""  # why the keys end before the prompt does: tokens_late, media
+    incomplete: str = ""  # why the keys end before the prompt does: tokens_late, tokenizer_busy, media
 
     @property
     def complete(self) -> bool:
@@ -126,7 +126,7 @@ class Found:
 
     @property
     def incomplete(self) -> str:
-        """Why only the known beginning of some prompt was looked up: tokens_late, media."""
+        """Why only the known beginning of some prompt was looked up: tokens_late, tokenizer_busy, media."""
         return next((prompt.incomplete for prompt in self.prompts if prompt.incomplete), "")
 
     @property

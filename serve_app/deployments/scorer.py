@@ -6,8 +6,12 @@ PUT  /kvcache/v1/score     the same. With direct streaming, Ray's HAProxy has th
 GET  /kvcache/v1/pods      what the index knows of every pod
 GET  /kvcache/v1/receipts  the routers' last decisions, each with what came of it
 GET  /kvcache/health
+
+Errors have OpenAI's shape: 400 where the request is to blame, 503 where it is a part of the graph.
 """
 
+import logging
+import pickle
 from collections.abc import Mapping
 from typing import Annotated, Any
 
@@ -16,6 +20,8 @@ from fastapi import FastAPI, Query, Request
 from fastapi.responses import JSONResponse
 from pydantic import BaseModel, Field, ValidationError
 from ray import serve
+from ray.exceptions import RayError
+from ray.serve.exceptions import RayServeException
 from ray.serve.handle import DeploymentHandle
 
 from serve_app.config import GraphArgs
@@ -25,7 +31,9 @@ from serve_app.index.router_log import RECEIPTS_MAX
 from serve_app.indexer import Indexer
 from serve_app.routing.choice import Cost
 from serve_app.scoring import Strategy, score_all
-from serve_app.types import PodId, Trust
+from serve_app.types import Found, PodId, Trust
+
+logger = logging.getLogger("ray.serve")
 
 app = FastAPI(title="KVCache Manager")
 
@@ -66,6 +74,12 @@ def _error(status: int, code: str, message: str) -> JSONResponse:
     return JSONResponse({"error": {"message": message, "type": "invalid_request_error", "code": code}}, status)
 
 
+def _stage_failed(error: Exception) -> JSONResponse:
+    """A deployment did not answer, or failed; its own log has the whole story."""
+    logger.warning("kvcache: a stage of the graph failed: %r", error)
+    return _error(503, "stage_failed", "a deployment of the graph is not available or has failed; its log says why")
+
+
 @serve.ingress(app)
 class Scorer:
     """`redis`, the embedded Valkey's handle, is not called: binding it here makes it part of the application."""
@@ -88,22 +102,21 @@ class Scorer:
         try:
             body = msgspec.json.decode(await request.body(), type=dict[str, Any])
             extra = _Extra.model_validate({k: body.pop(k) for k in _Extra.model_fields if k in body})
-        except (msgspec.DecodeError, ValidationError) as error:
+        except (msgspec.DecodeError, ValidationError, RecursionError) as error:
             return _error(400, "invalid_request", str(error))
         strategy = extra.strategy or self._indexer.strategy
         pods = None if extra.pods is None else [PodId(pod) for pod in extra.pods]
         try:
             found = await self._indexer.find(body, pods, strategy)
+            scores, costs = await self._scores(found, strategy)
         except PromptError as error:
-            return _error(400, error.reason, str(error))
+            return _error(503 if error.reason in PromptError.NOT_NOW else 400, error.reason, str(error))
         except IndexUnavailable as error:
             return _error(503, "index_unavailable", str(error))
-        costs: Mapping[PodId, Cost] = {}
-        if strategy is Strategy.EXPECTED_TTFT:
-            costs = await self._block_index.costs.remote(found)
-            scores = {pod: -cost.total_s for pod, cost in costs.items()}
-        else:
-            scores = score_all(found, strategy)
+        except (RecursionError, pickle.PicklingError):  # it could be decoded, and not be sent to the next stage
+            return _error(400, "invalid_request", "the body is nested too deeply")
+        except (RayError, RayServeException) as error:
+            return _stage_failed(error)
         return ScoreAnswer(
             model=self._model,
             strategy=strategy,
@@ -121,6 +134,13 @@ class Scorer:
                 for pod, value in scores.items()
             },
         )
+
+    async def _scores(self, found: Found, strategy: Strategy) -> tuple[dict[PodId, float], Mapping[PodId, Cost]]:
+        """A score for each pod, and where it is made of costs, these."""
+        if strategy is not Strategy.EXPECTED_TTFT:
+            return score_all(found, strategy), {}
+        costs: Mapping[PodId, Cost] = await self._block_index.costs.remote(found)
+        return {pod: -cost.total_s for pod, cost in costs.items()}, costs
 
     @app.get("/v1/pods")
     async def pods(self) -> dict[str, Any]:

@@ -148,5 +148,6 @@ class PromptEncoder:
             return b""
         try:
             return xxhash.xxh3_128_digest(root + self._spec_digest + msgspec.msgpack.encode(prompt))
-        except (TypeError, ValueError, OverflowError):  # not from JSON, or half a surrogate pair: rendering will tell
+        except (TypeError, ValueError, OverflowError, RecursionError):
+            # Not from JSON, half a surrogate pair, or hundreds of brackets deep: rendering will tell.
             return b""

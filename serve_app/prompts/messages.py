@@ -198,12 +198,18 @@ def _tool_call(call: Any) -> dict[str, Any]:
 
 
 def _arguments(arguments: Any) -> dict[str, Any]:
-    """Arguments as a mapping, as templates expect; what is no JSON object becomes {}, as in vLLM."""
+    """Arguments as a mapping, as templates expect; what is no JSON object becomes {}, as in vLLM.
+
+    Raises:
+        PromptError: JSON that Python does not read, a number of 5,000 digits or 100,000 `[`; vLLM fails there too.
+    """
     if isinstance(arguments, str):
         try:
             arguments = json.loads(arguments)
         except json.JSONDecodeError:
             return {}
+        except (ValueError, RecursionError) as error:
+            raise PromptError("bad_messages", f"the arguments of a tool call cannot be read: {error}") from error
     return dict(arguments) if isinstance(arguments, Mapping) else {}
 
 

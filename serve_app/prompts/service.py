@@ -7,6 +7,8 @@ it, wait for the same tokens: each segment is tokenized once.
 
     request 1   [system prompt][document][question 1]     tokenizes all three segments
     request 2   [system prompt][document][question 2]     waits for two of them, tokenizes the third
+
+What is taken on and not done yet is bounded: beyond, a prompt is what is known of it, and its cold text is left alone.
 """
 
 from __future__ import annotations
@@ -18,7 +20,8 @@ from collections.abc import Awaitable, Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
-from serve_app.once import Once
+from serve_app.errors import PromptError
+from serve_app.once import RETRY_S, Once
 from serve_app.prompts.encoder import CHARS_PER_TOKEN, Prepared, PromptEncoder
 from serve_app.prompts.prefix_store import EncodedPrompt, PrefixStore
 from serve_app.prompts.tokenizer import Segment
@@ -27,9 +30,18 @@ from serve_app.types import EncodedKeys, EngineSpec
 logger = logging.getLogger(__name__)
 
 INLINE_CHARS = 4_000  # under a millisecond
+# Of cold text that is given to the threads and not tokenized yet: some 4 s of one thread, which does 60,414 tokens in
+# 55 ms (docs/benchmarks.md), so about 4.4M characters/s. Behind more, text would be tokenized long after its request.
+MAX_PENDING_CHARS = 16 * 2**20
 
 Tokenize = Callable[[str, Sequence[Segment]], Awaitable[list[bytes]]]
 """(tokenizer, segments) -> packed token ids of each segment, made elsewhere."""
+
+_Coming = tuple[asyncio.Task[list[bytes]], int]
+"""A segment's ids to be: those of several segments, and its place among them."""
+
+_Outcome = EncodedPrompt | asyncio.Task[EncodedPrompt] | None
+"""A prompt's keys, there or to be; None: its cold text was not taken on."""
 
 
 class PromptService:
@@ -38,8 +50,10 @@ class PromptService:
     Args:
         store: what is known of prompts.
         tokenize: where cold text goes; None means threads of this process (the tokenizer releases the GIL).
-        deadline_s: how long a request waits for its cold text; None means until it is there.
-        inline_chars: shorter cold text is tokenized on the spot.
+        deadline_s: how long a request waits for its cold text; None means until it is there. With a deadline it does
+            not wait for the tokenizer to be loaded either: there is none until then.
+        inline_chars: of a request, shorter cold text is tokenized on the spot.
+        max_pending_chars: beyond it no further cold text is taken on; the known prefix decides.
     """
 
     def __init__(
@@ -48,56 +62,94 @@ class PromptService:
         tokenize: Tokenize | None = None,
         deadline_s: float | None = None,
         inline_chars: int = INLINE_CHARS,
+        max_pending_chars: int = MAX_PENDING_CHARS,
     ) -> None:
         self.store = store
-        self.encoder: Once[EngineSpec, PromptEncoder] = Once(lambda spec: PromptEncoder(spec, store))
+        self.encoder: Once[EngineSpec, PromptEncoder] = Once(self._load)
         self._tokenize = tokenize
         self._deadline_s = deadline_s
         self._inline_chars = inline_chars
+        self._max_pending_chars = max_pending_chars
+        self._pending_chars = 0
         # Half of the cores at most, so that a burst of cold prompts leaves the event loop one of its own.
         self._threads = ThreadPoolExecutor(max(1, (os.cpu_count() or 1) // 2), "kvcache-tokenize")
-        self._coming: dict[bytes, tuple[asyncio.Future[list[bytes]], int]] = {}  # segment's digest -> ids to be, place
+        self._coming: dict[bytes, _Coming] = {}  # by the segment's digest
         self._tasks: set[asyncio.Task[EncodedPrompt]] = set()
 
     async def encode(self, body: Mapping[str, Any], spec: EngineSpec) -> list[EncodedKeys]:
         """Block keys of every prompt in the request; of one whose tokens are late, those that are known.
 
         Raises:
-            PromptError: there is nothing that can be scored.
+            PromptError: there is nothing that can be scored; "tokenizer_loading" and "no_tokenizer": not now.
         """
-        encoder = await self.encoder(spec)
-        started = [self._start(encoder, prepared) for prepared in encoder.prepare(body)]
+        encoder = await self._loaded(spec)
+        prompts = encoder.prepare(body)
+        inline = sum(_chars(prepared.missing) for prepared in prompts) < self._inline_chars
+        started = [self._start(encoder, prepared, inline) for prepared in prompts]
         tasks = [task for _, task in started if isinstance(task, asyncio.Task)]
         if tasks:
             await asyncio.wait(tasks, timeout=self._deadline_s)
         return [_result(encoder, prepared, done) for prepared, done in started]
 
-    def _start(
-        self, encoder: PromptEncoder, prepared: Prepared
-    ) -> tuple[Prepared, EncodedPrompt | asyncio.Task[EncodedPrompt]]:
-        chars = sum(len(segment.text) for segment in prepared.missing)
-        if not chars or chars < self._inline_chars:
+    def _load(self, spec: EngineSpec) -> PromptEncoder:
+        """In a thread. Logs its failure here, once, since any number of requests, or none, may be waiting for it."""
+        try:
+            return PromptEncoder(spec, self.store)
+        except Exception:
+            logger.exception(
+                "kvcache: tokenizer %r cannot be loaded, so no request is scored; the first after %.0f s tries again",
+                spec.tokenizer,
+                RETRY_S,
+            )
+            raise
+
+    async def _loaded(self, spec: EngineSpec) -> PromptEncoder:
+        loading = self.encoder.start(spec)
+        if self._deadline_s is not None and not loading.done():
+            raise PromptError("tokenizer_loading", f"the tokenizer {spec.tokenizer!r} is being loaded")
+        try:
+            return await asyncio.shield(loading)
+        except Exception as error:
+            raise PromptError("no_tokenizer", f"the tokenizer cannot be loaded: {error}") from error
+
+    def _start(self, encoder: PromptEncoder, prepared: Prepared, inline: bool) -> tuple[Prepared, _Outcome]:
+        if inline or not _chars(prepared.missing):
             return prepared, encoder.finish(prepared, encoder.tokenize(prepared.missing))
-        task = asyncio.ensure_future(self._complete(encoder, prepared))
+        coming = self._order(encoder, prepared)
+        if coming is None:
+            return prepared, None
+        task = asyncio.ensure_future(_complete(encoder, prepared, coming))
         self._tasks.add(task)
         task.add_done_callback(self._done)
         return prepared, task
 
-    async def _complete(self, encoder: PromptEncoder, prepared: Prepared) -> EncodedPrompt:
-        """Have the missing segments tokenized, but for those that another request is waiting for already."""
+    def _order(self, encoder: PromptEncoder, prepared: Prepared) -> list[_Coming] | None:
+        """Have the missing segments tokenized, but for those that another request is waiting for already.
+
+        None: it would be too much. With nothing else pending, no text is too much.
+        """
         cold = dict(zip(prepared.missing_digests, prepared.missing, strict=True))
         new = [digest for digest in cold if digest not in self._coming]
         if new:
-            ids = self._elsewhere(encoder, [cold[digest] for digest in new])
+            segments = [cold[digest] for digest in new]
+            chars = _chars(segments)
+            if self._pending_chars and self._pending_chars + chars > self._max_pending_chars:
+                return None
+            self._pending_chars += chars
+            ids = asyncio.ensure_future(self._elsewhere(encoder, segments))
             self._coming.update({digest: (ids, place) for place, digest in enumerate(new)})
-            ids.add_done_callback(lambda _: [self._coming.pop(digest) for digest in new])
-        coming = [self._coming[digest] for digest in cold]
-        return encoder.finish(prepared, [(await ids)[place] for ids, place in coming])
+            ids.add_done_callback(lambda _: self._arrived(new, chars))
+        return [self._coming[digest] for digest in cold]
 
-    def _elsewhere(self, encoder: PromptEncoder, segments: Sequence[Segment]) -> asyncio.Future[list[bytes]]:
+    async def _elsewhere(self, encoder: PromptEncoder, segments: Sequence[Segment]) -> list[bytes]:
         if self._tokenize is not None:
-            return asyncio.ensure_future(self._tokenize(encoder.spec.tokenizer, segments))
-        return asyncio.get_running_loop().run_in_executor(self._threads, encoder.tokenize, segments)
+            return await self._tokenize(encoder.spec.tokenizer, segments)
+        return await asyncio.get_running_loop().run_in_executor(self._threads, encoder.tokenize, segments)
+
+    def _arrived(self, digests: Sequence[bytes], chars: int) -> None:
+        self._pending_chars -= chars
+        for digest in digests:
+            del self._coming[digest]
 
     def _done(self, task: asyncio.Task[EncodedPrompt]) -> None:
         self._tasks.discard(task)
@@ -105,14 +157,26 @@ class PromptService:
             logger.warning("kvcache: cold text could not be tokenized, known prefixes decide: %r", error)
 
 
-def _result(
-    encoder: PromptEncoder, prepared: Prepared, done: EncodedPrompt | asyncio.Task[EncodedPrompt]
-) -> EncodedKeys:
+async def _complete(encoder: PromptEncoder, prepared: Prepared, coming: Sequence[_Coming]) -> EncodedPrompt:
+    return encoder.finish(prepared, [(await ids)[place] for ids, place in coming])
+
+
+def _result(encoder: PromptEncoder, prepared: Prepared, done: _Outcome) -> EncodedKeys:
+    if done is None:
+        return _known(encoder, prepared, "tokenizer_busy")
     if isinstance(done, asyncio.Task):
         if not done.done() or done.cancelled() or done.exception() is not None:
-            known = encoder.known(prepared)
-            guess = sum(len(segment.text) for segment in prepared.missing) // CHARS_PER_TOKEN + prepared.unknown_tokens
-            return EncodedKeys(known.block_keys, known.token_count + guess, known.token_count, "tokens_late")
+            return _known(encoder, prepared, "tokens_late")
         done = done.result()
     tokens = done.token_count + prepared.unknown_tokens
     return EncodedKeys(done.block_keys, tokens, done.cached_token_count, prepared.incomplete)
+
+
+def _known(encoder: PromptEncoder, prepared: Prepared, why: str) -> EncodedKeys:
+    known = encoder.known(prepared)
+    guess = _chars(prepared.missing) // CHARS_PER_TOKEN + prepared.unknown_tokens
+    return EncodedKeys(known.block_keys, known.token_count + guess, known.token_count, why)
+
+
+def _chars(segments: Sequence[Segment]) -> int:
+    return sum(len(segment.text) for segment in segments)

@@ -1,4 +1,4 @@
-"""Made once however many ask, also when some give up; a failure is tried again."""
+"""Made once however many ask, also when some give up; a failure is tried again, but not at once."""
 
 import asyncio
 import time
@@ -37,16 +37,28 @@ async def test_a_caller_that_gives_up_does_not_stop_it() -> None:
     assert made == [1]
 
 
-async def test_a_failure_is_not_kept() -> None:
-    answers = iter([ValueError("not yet"), 7])
+async def test_a_failure_stands_for_a_while_and_is_then_tried_again() -> None:
+    made: list[str] = []
 
-    def make(_: str) -> int:
-        answer = next(answers)
-        if isinstance(answer, ValueError):
-            raise answer
-        return answer
+    def make(key: str) -> int:
+        made.append(key)
+        if len(made) == 1:
+            raise ValueError("not yet")
+        return 7
 
-    once = Once(make)
-    with pytest.raises(ValueError, match="not yet"):
-        await once("k")
+    once = Once(make, retry_s=0.2)
+    for _ in range(3):
+        with pytest.raises(ValueError, match="not yet"):
+            await once("k")
+    assert made == ["k"]
+    await asyncio.sleep(0.25)
     assert await once("k") == 7
+    assert made == ["k", "k"]
+
+
+async def test_who_does_not_wait_finds_it_made_later() -> None:
+    once = Once(lambda key: key + 1)
+    making = once.start(1)
+    assert not making.done()
+    assert await once(1) == 2
+    assert once.start(1) is making

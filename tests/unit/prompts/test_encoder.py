@@ -80,6 +80,14 @@ def test_tokens_and_lists(encoder: PromptEncoder) -> None:
     assert [p.token_count > 0 for p in encoder.encode({"prompt": ["a", "b"]})] == [True, True]
 
 
+def test_what_is_nested_too_deeply_for_a_digest_is_rendered(encoder: PromptEncoder) -> None:
+    deep: list[Any] = []
+    for _ in range(5000):
+        deep = [deep]
+    (prompt,) = encoder.encode(chat("hi", chat_template_kwargs={"x": deep}))  # the template does not look at it
+    assert prompt.block_keys == encoder.encode(chat("hi"))[0].block_keys
+
+
 def test_too_long(encoder: PromptEncoder, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(encoder_module, "MAX_PROMPT_CHARS", 100)
     with pytest.raises(PromptError) as caught:

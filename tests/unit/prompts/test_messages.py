@@ -51,6 +51,14 @@ def test_arguments_that_are_no_object(arguments: Any) -> None:
     assert one({"role": "assistant", "tool_calls": [call]})["tool_calls"][0]["function"]["arguments"] == {}
 
 
+@pytest.mark.parametrize("arguments", ["1" * 5000, "[" * 100_000], ids=["digits", "brackets"])
+def test_arguments_that_python_cannot_read(arguments: str) -> None:
+    call = {**CALL, "function": {"name": "f", "arguments": arguments}}
+    with pytest.raises(PromptError) as caught:
+        one({"role": "assistant", "tool_calls": [call]})
+    assert caught.value.reason == "bad_messages"
+
+
 @pytest.mark.parametrize("tool_calls", [None, []])
 def test_no_tool_calls(tool_calls: Any) -> None:
     assert one({"role": "assistant", "content": "a", "tool_calls": tool_calls}) == {"role": "assistant", "content": "a"}

@@ -5,7 +5,7 @@ from typing import Any
 import pytest
 
 from serve_app.errors import PromptError
-from serve_app.prompts.request import ChatPrompt, TextPrompt, TokenPrompt, namespace_of, parse_request
+from serve_app.prompts.request import MAX_PROMPTS, ChatPrompt, TextPrompt, TokenPrompt, namespace_of, parse_request
 from serve_app.types import ModelId
 
 USER = {"role": "user", "content": "hi"}
@@ -39,6 +39,15 @@ def test_completion_defaults_are_vllms() -> None:
 )
 def test_prompt_lists(prompt: Any, expected: Any) -> None:
     assert parse_request({"prompt": prompt}) == expected
+
+
+@pytest.mark.parametrize("prompt", ["a", [1]])
+def test_only_so_many_prompts_at_once(prompt: Any) -> None:
+    assert len(parse_request({"prompt": [prompt] * MAX_PROMPTS})) == MAX_PROMPTS
+    with pytest.raises(PromptError) as caught:
+        parse_request({"prompt": [prompt] * (MAX_PROMPTS + 1)})
+    assert caught.value.reason == "many_prompts"
+    assert parse_request({"prompt": [1] * 5000}) == [TokenPrompt([1] * 5000)]  # one prompt
 
 
 def test_tools_as_vllm_dumps_them() -> None:

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import pytest
 
+from serve_app.errors import PromptError
 from serve_app.prompts.encoder import PromptEncoder
 from serve_app.prompts.prefix_store import PrefixStore
 from serve_app.prompts.service import PromptService
@@ -61,6 +64,7 @@ async def test_threads_give_the_same_keys(spec: EngineSpec) -> None:
 
 async def test_late_tokens_are_there_for_the_next_request(spec: EngineSpec, elsewhere: Elsewhere) -> None:
     service = PromptService(PrefixStore(10**7), elsewhere, deadline_s=0.05)
+    await service.encoder(spec)
     (first,) = await service.encode(chat(KNOWN), spec)  # short: on the spot
     assert first.complete
     assert elsewhere.asked == []
@@ -79,6 +83,15 @@ async def test_late_tokens_are_there_for_the_next_request(spec: EngineSpec, else
     assert now.known_token_count == now.token_count
 
 
+async def test_many_short_prompts_are_one_long_cold_text(spec: EngineSpec, elsewhere: Elsewhere) -> None:
+    service = PromptService(PrefixStore(10**7), elsewhere, deadline_s=0.01)
+    await service.encoder(spec)
+    prompts = [f"{n} {KNOWN}" for n in range(20)]  # 600 characters each, which alone would not go elsewhere
+    keys = await service.encode({"prompt": prompts}, spec)
+    assert elsewhere.asked == prompts
+    assert {prompt.incomplete for prompt in keys} == {"tokens_late"}
+
+
 async def test_the_same_cold_text_is_tokenized_once(spec: EngineSpec, elsewhere: Elsewhere) -> None:
     service = PromptService(PrefixStore(10**7), elsewhere)
     bodies = [chat(DOCUMENT, question) for question in ("Why?", "When?", "Why?", "Where?" * 100)]
@@ -94,6 +107,42 @@ async def test_the_same_cold_text_is_tokenized_once(spec: EngineSpec, elsewhere:
     assert sum(map(len, elsewhere.asked)) < 2 * len(DOCUMENT)
 
 
+async def test_beyond_so_much_pending_text_the_known_prefix_decides(spec: EngineSpec, elsewhere: Elsewhere) -> None:
+    service = PromptService(PrefixStore(10**7), elsewhere, deadline_s=0.01, max_pending_chars=15_000)
+    await service.encoder(spec)
+    await service.encode(chat(KNOWN), spec)
+    documents = [f"Document {n}. {DOCUMENT}" for n in range(4)]  # 6,000 characters each
+    prompts = [(await service.encode(chat(KNOWN, document), spec))[0] for document in documents]
+    assert [prompt.incomplete for prompt in prompts] == [
+        "tokens_late",
+        "tokens_late",
+        "tokenizer_busy",
+        "tokenizer_busy",
+    ]
+    assert prompts[3].keys == prompts[0].keys != b""
+    assert sum(map(len, elsewhere.asked)) < 15_000
+
+    (same,) = await service.encode(chat(KNOWN, documents[0]), spec)  # on its way already: nothing to take on
+    assert same.incomplete == "tokens_late"
+
+    elsewhere.open.set()
+    for _ in range(100):  # there is room again, as soon as this machine gets to it
+        await asyncio.sleep(0.01)
+        (prompt,) = await service.encode(chat(KNOWN, documents[3]), spec)
+        if prompt.complete:
+            break
+    assert (prompt.incomplete, prompt.keys) == ("", expected(spec, chat(KNOWN, documents[3])).keys)
+
+
+async def test_one_text_of_any_length_is_taken_on_also_after_failures(spec: EngineSpec, elsewhere: Elsewhere) -> None:
+    service = PromptService(PrefixStore(10**7), elsewhere, max_pending_chars=1)
+    elsewhere.open.set()
+    elsewhere.fails = True
+    assert [prompt.incomplete for prompt in await service.encode(chat(DOCUMENT), spec)] == ["tokens_late"]
+    elsewhere.fails = False
+    assert await service.encode(chat(DOCUMENT), spec) == [expected(spec, chat(DOCUMENT))]
+
+
 async def test_a_failure_leaves_what_is_known_and_is_tried_again(spec: EngineSpec, elsewhere: Elsewhere) -> None:
     service = PromptService(PrefixStore(10**7), elsewhere)
     elsewhere.open.set()
@@ -102,3 +151,33 @@ async def test_a_failure_leaves_what_is_known_and_is_tried_again(spec: EngineSpe
     elsewhere.fails = False
     (prompt,) = await service.encode(chat(DOCUMENT), spec)
     assert prompt == expected(spec, chat(DOCUMENT))
+
+
+async def test_with_a_deadline_nobody_waits_for_the_tokenizer(spec: EngineSpec) -> None:
+    service = PromptService(PrefixStore(10**7), deadline_s=5)
+    for _ in range(2):
+        with pytest.raises(PromptError) as caught:
+            await service.encode(chat(KNOWN), spec)
+        assert caught.value.reason == "tokenizer_loading"
+    await service.encoder(spec)  # the requests began to load it
+    assert await service.encode(chat(KNOWN), spec) == [expected(spec, chat(KNOWN))]
+
+
+@pytest.mark.parametrize("deadline_s", [None, 5.0])
+async def test_a_tokenizer_that_cannot_be_loaded_is_tried_and_logged_once(
+    deadline_s: float | None, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    service = PromptService(PrefixStore(10**7), deadline_s=deadline_s)
+    spec = EngineSpec(MODEL, 16, str(tmp_path))  # an empty folder
+    reasons = []
+    with caplog.at_level(logging.ERROR, "serve_app"):
+        for _ in range(3):
+            with pytest.raises(PromptError) as caught:
+                await service.encode(chat(KNOWN), spec)
+            reasons.append(caught.value.reason)
+            await asyncio.wait([service.encoder.start(spec)])
+    assert reasons == ["tokenizer_loading" if deadline_s else "no_tokenizer", "no_tokenizer", "no_tokenizer"]
+    assert [record.message for record in caplog.records if "cannot be loaded" in record.message] == [
+        f"kvcache: tokenizer {spec.tokenizer!r} cannot be loaded, so no request is scored; "
+        "the first after 30 s tries again"
+    ]
