@@ -6,6 +6,7 @@ and the decision is counted under the reason.
 """
 
 import asyncio
+import contextlib
 import logging
 import time
 import uuid
@@ -240,10 +241,8 @@ class KVCacheAwareRouter(MultiplexMixin, RequestRouter):
         """Load the tokenizer as soon as an engine has said which, before the first request needs it."""
         while (spec := mirror.spec()) is None:  # noqa: ASYNC110  # it is a thread that sets it
             await asyncio.sleep(0.1)
-        try:
+        with contextlib.suppress(Exception):  # it has said why itself; a request tries again
             await prompts.encoder(spec)
-        except Exception:
-            logger.exception("kvcache: tokenizer %r cannot be loaded; requests are not scored", spec.tokenizer)
 
     def _keep(self, task: asyncio.Task[Any]) -> None:
         """Hold a task until it is done: the loop itself only has a weak reference."""
