@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import signal
 import time
 from dataclasses import replace
@@ -62,12 +63,12 @@ def test_an_index_that_redis_has_left_serves_on_and_is_not_restarted(tmp_path: P
     assert writer.heartbeat(DomainId("a"), HeartbeatRecord(Epoch(1)))
     index = BlockIndex(GraphArgs(model=MODEL, redis_url=server.url), server.url)
     index.check_health()  # Serve asks before the first load, too
-    eventually(lambda: index.match(PROMPT, None, False))
+    eventually(lambda: asyncio.run(index.match(PROMPT, None, False)))
     server.kill()
     eventually(lambda: index._mirror.counters["errors"] >= 2)
     index._mirror._fresh_at_s = time.monotonic() - 3600
     index.check_health()
-    match = index.match(PROMPT, None, False)[A]
+    match = asyncio.run(index.match(PROMPT, None, False))[A]
     assert (match.total_tokens, match.trust) == (40, Trust.STALE)
     index._mirror.close()
     with pytest.raises(StoreError, match="no longer follows"):
