@@ -133,7 +133,9 @@ def _config(quickstart: Mapping[str, Any], workload: Workload, policy: str) -> d
     config = copy.deepcopy(dict(quickstart))
     (llm,) = (app["args"] for app in config["applications"] if app["import_path"].endswith(":build_llm"))
     llm["routing"]["policy"] = policy
-    llm["llm"]["engine_kwargs"] |= {"num_gpu_blocks_override": workload.kv_blocks_per_replica, "dtype": fast_dtype()}
+    engine, blocks = llm["llm"]["engine_kwargs"], workload.kv_blocks_per_replica
+    engine |= {"num_gpu_blocks_override": blocks, "dtype": fast_dtype()}
+    engine["max_model_len"] = min(engine["max_model_len"], (blocks - 1) * engine["block_size"])  # or it does not start
     return config
 
 
