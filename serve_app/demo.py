@@ -9,7 +9,6 @@ runs send, so that the requests are the same to the byte.
 from __future__ import annotations
 
 import asyncio
-import copy
 import json
 import os
 import platform
@@ -130,12 +129,10 @@ def run_demo(workload: Workload, quickstart: Mapping[str, Any], output: Path) ->
 
 def _config(quickstart: Mapping[str, Any], workload: Workload, policy: str) -> dict[str, Any]:
     """The quickstart config with the policy, a KV cache sized for the workload, and numbers that the CPU has."""
-    config = copy.deepcopy(dict(quickstart))
+    config = local_stack.with_kv_blocks(quickstart, workload.kv_blocks_per_replica)
     (llm,) = (app["args"] for app in config["applications"] if app["import_path"].endswith(":build_llm"))
     llm["routing"]["policy"] = policy
-    engine, blocks = llm["llm"]["engine_kwargs"], workload.kv_blocks_per_replica
-    engine |= {"num_gpu_blocks_override": blocks, "dtype": fast_dtype()}
-    engine["max_model_len"] = min(engine["max_model_len"], (blocks - 1) * engine["block_size"])  # or it does not start
+    llm["llm"]["engine_kwargs"]["dtype"] = fast_dtype()
     return config
 
 

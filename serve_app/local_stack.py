@@ -7,6 +7,7 @@ down its process id. Stopping asks it to end, waits, and then ends what is left 
 from __future__ import annotations
 
 import contextlib
+import copy
 import json
 import os
 import signal
@@ -187,6 +188,25 @@ def _require_free(host: str, port: int) -> None:
             raise ConfigError(
                 f"port {port} on {host} is taken ({error.strerror}): choose another with --port"
             ) from error
+
+
+def with_kv_blocks(config: Mapping[str, Any], blocks: int) -> dict[str, Any]:
+    """A Serve config whose engines have so few KV blocks that they evict, and a context that still fits into these.
+
+    Raises:
+        ConfigError: no application of it is ours, with engines.
+    """
+    pressed = copy.deepcopy(dict(config))
+    engines = [app["args"]["llm"] for app in pressed["applications"] if "llm" in (app.get("args") or {})]
+    if not engines:
+        raise ConfigError("the config has no application of serve_app.app:build_llm to give fewer KV blocks to")
+    for llm in engines:
+        engine = llm.setdefault("engine_kwargs", {})
+        engine["num_gpu_blocks_override"] = blocks
+        if "max_model_len" in engine and "block_size" in engine:
+            # vLLM keeps one block for itself, and does not start if the longest prompt does not fit.
+            engine["max_model_len"] = min(engine["max_model_len"], (blocks - 1) * engine["block_size"])
+    return pressed
 
 
 def _applications(config: Mapping[str, Any], builder: str) -> list[Mapping[str, Any]]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import copy
 import json
 import os
 import platform
@@ -104,25 +103,6 @@ def audit(gateway: Gateway, source: Source, total: int | None = None) -> dict[st
     return {**result(compared, skipped), "wall_s": round(time.perf_counter() - started_s, 1)}
 
 
-def with_kv_blocks(config: Mapping[str, Any], blocks: int) -> dict[str, Any]:
-    """A Serve config whose engines have so few KV blocks that they evict, and a context that still fits into these.
-
-    Raises:
-        ConfigError: no application of it is ours, with engines.
-    """
-    pressed = copy.deepcopy(dict(config))
-    engines = [app["args"]["llm"] for app in pressed["applications"] if "llm" in (app.get("args") or {})]
-    if not engines:
-        raise ConfigError("the config has no application of serve_app.app:build_llm to give fewer KV blocks to")
-    for llm in engines:
-        engine = llm.setdefault("engine_kwargs", {})
-        engine["num_gpu_blocks_override"] = blocks
-        if "max_model_len" in engine and "block_size" in engine:
-            # vLLM keeps one block for itself, and does not start if the longest prompt does not fit.
-            engine["max_model_len"] = min(engine["max_model_len"], (blocks - 1) * engine["block_size"])
-    return pressed
-
-
 @contextlib.contextmanager
 def _gateway(settings: Settings) -> Iterator[Gateway]:
     """The gateway at the URL, or one that is started for the audit, or the one that runs."""
@@ -143,7 +123,7 @@ def _gateway(settings: Settings) -> Iterator[Gateway]:
 def _started(settings: Settings) -> Iterator[local_stack.Running]:
     assert settings.config is not None
     say(f"starting {settings.config_name} with {settings.kv_blocks} KV blocks per replica")
-    pressed = with_kv_blocks(settings.config, settings.kv_blocks)
+    pressed = local_stack.with_kv_blocks(settings.config, settings.kv_blocks)
     running = local_stack.start(pressed, direct=True, on_progress=say, name=f"audit of {settings.config_name}")
     try:
         yield running
