@@ -18,7 +18,6 @@ with the next one for each `[uid, "", "ack"]`. The log keeps the last 32,768 rec
 
 from __future__ import annotations
 
-import contextlib
 import logging
 import os
 import time
@@ -30,7 +29,7 @@ import zmq
 from zmq.utils.monitor import recv_monitor_message
 
 from serve_app.errors import StoreError, WireError
-from serve_app.events.source import Received
+from serve_app.events.source import Received, drop_unread
 from serve_app.events.wire import Batch, BlockRemoved, BlockStored, Event
 from serve_app.types import EngineHash
 
@@ -155,13 +154,7 @@ class LMCacheSource:
                 self._heard_at_s = time.monotonic()
                 self._subscribe(self._cursor)
             else:
-                self._drop_unread()
-
-    def _drop_unread(self) -> None:
-        """Of the subscription that has ended: the next one begins at the cursor. Left unread, it keeps `poll` busy."""
-        with contextlib.suppress(zmq.Again):
-            while True:
-                self.socket.recv_multipart(zmq.NOBLOCK)
+                drop_unread(self.socket)  # the next subscription begins at the cursor
 
     def _subscribe(self, cursor: int) -> None:
         self._uid += 2

@@ -46,6 +46,13 @@ class Received:
     lost: int = 0
 
 
+def drop_unread(socket: zmq.Socket[bytes]) -> None:
+    """Of a connection that has ended. Left unread, it is taken for the next one's, and keeps `poll` busy until then."""
+    with contextlib.suppress(zmq.Again):
+        while True:
+            socket.recv_multipart(zmq.NOBLOCK)
+
+
 class EventSource:
     """Reader of one engine's event stream. Used by one thread.
 
@@ -108,13 +115,7 @@ class EventSource:
             self.connected = recv_monitor_message(self.monitor)["event"] == zmq.EVENT_CONNECTED
             self.caught_up = self._replay_endpoint is None
             if not self.connected:
-                self._drop_unread()
-
-    def _drop_unread(self) -> None:
-        """Nobody knows whose life goes on with the next connection; if it is the same, a replay has these."""
-        with contextlib.suppress(zmq.Again):
-            while True:
-                self.socket.recv_multipart(zmq.NOBLOCK)
+                drop_unread(self.socket)  # if the same life goes on with the next connection, a replay has these
 
     def _catch_up(self) -> Iterator[Received]:
         """Go on after the last batch we applied, if the engine still is the one that sent it; else start anew."""
