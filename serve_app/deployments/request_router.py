@@ -78,11 +78,15 @@ class KVCacheAwareRouter(MultiplexMixin, RequestRouter):
             self._start()
 
     def _start(self) -> None:
+        """What fails here is tried again with the next request."""
+        if self._metrics is None:  # it has a thread of its own: one is enough, however often this is tried
+            self._metrics = RouterMetrics(self._settings.model)
+        if self._settings.policy is not Policy.ROUND_ROBIN:
+            self._follow_index()
+        self._started = True
+
+    def _follow_index(self) -> None:
         settings = self._settings
-        self._metrics = RouterMetrics(settings.model)
-        if settings.policy is Policy.ROUND_ROBIN:
-            self._started = True
-            return
         self._mirror = Mirror(
             resolve_redis_url(settings.redis_url),
             ModelId(settings.model),
@@ -109,7 +113,6 @@ class KVCacheAwareRouter(MultiplexMixin, RequestRouter):
         self._indexer = Indexer(prompts, index, settings.strategy)
         if isinstance(prompts, PromptService) and settings.policy is Policy.KV_AWARE:
             self._keep(self._event_loop.create_task(self._load_tokenizer(self._mirror, prompts)))
-        self._started = True
 
     async def choose_replicas(
         self, candidate_replicas: list[RunningReplica], pending_request: PendingRequest | None = None
@@ -161,15 +164,15 @@ class KVCacheAwareRouter(MultiplexMixin, RequestRouter):
             self._book(choice, found, request, now_s, time.perf_counter() - start_s)
         return choice.ranked
 
-    def _least_loaded(self, pods: Iterable[PodId]) -> list[PodId]:
-        """Without anything that has failed before."""
+    def _least_loaded(self, pods: Iterable[PodId]) -> Sequence[PodId]:
+        """A choice that rests on nothing that is known of the request."""
         now_s = time.monotonic()
+        choice = self._chooser.choose(sorted(pods), None, now_s, why="error")
         if self._metrics is not None:
             self._metrics.decided(Outcome.FALLBACK, "error", 0.0)
-        ranked = sorted(pods, key=lambda pod: self._chooser.in_flight.count(pod, now_s))
-        if ranked:
-            self._chooser.in_flight.sent(ranked[0], now_s)
-        return ranked
+        if choice.ranked:
+            self._chooser.sent(choice.ranked[0], None, choice, now_s)
+        return choice.ranked
 
     async def _find(self, pods: list[PodId], request: PendingRequest | None) -> tuple[Found | None, str]:
         """What is known, or None and the reason why nothing is; also why it is of a part of the prompt only."""
@@ -204,8 +207,8 @@ class KVCacheAwareRouter(MultiplexMixin, RequestRouter):
         sent = self._chooser.sent(pod, found, choice, now_s)
         if before is None:
             self._metrics.decided(choice.outcome, choice.reason, decision_s)
-        if before is None and found is not None:
-            self._metrics.found(found.prompt_tokens, found.matched_tokens(pod), found.stage_s)
+            if found is not None:
+                self._metrics.found(found.prompt_tokens, found.matched_tokens(pod), found.stage_s)
         if request is None or self._desk is None or self._log is None:
             return
         self._sent[request.metadata.internal_request_id] = _Decision(sent, found, choice)
