@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 
-from serve_app.types import BlockKeys, Domain, DomainId, EngineSpec, Epoch, ModelId, PodId
+from serve_app.index.mirror import Mirror
+from serve_app.types import GPU, BlockKeys, Domain, DomainId, EngineSpec, Epoch, ModelId, PodId, Tier
 
 MODEL = ModelId("test-model")
 SPEC = EngineSpec(MODEL, block_size=4, tokenizer="none")
@@ -23,6 +25,16 @@ def pod(name: str, epoch: int = 1, attached: tuple[str, ...] = ()) -> Domain:
 def shared(name: str, epoch: int = 1, chunk_size: int = 8) -> Domain:
     """A domain of no pod, whose chunks are two blocks."""
     return Domain(DomainId(name), Epoch(epoch), SPEC, chunk_size=chunk_size)
+
+
+@contextmanager
+def following(url: str, model: ModelId, tier_order: Sequence[Tier] = (GPU,)) -> Iterator[Mirror]:
+    """A mirror that has loaded what there is."""
+    mirror = Mirror(url, model, tier_order=tier_order)
+    mirror.start()
+    assert mirror.wait_ready(5)
+    yield mirror
+    mirror.close()
 
 
 def eventually(check: Callable[[], object], timeout_s: float = 5.0) -> None:

@@ -1,4 +1,4 @@
-"""No publisher outlives its test: one that did would publish into the next test's Valkey."""
+"""What the write path's tests share. No publisher outlives its test: it would publish into the next one's Valkey."""
 
 from __future__ import annotations
 
@@ -6,7 +6,15 @@ from collections.abc import Iterator
 
 import pytest
 
-from tests.engine import PublisherProcess
+from serve_app.index.mirror import Mirror
+from tests.engine import MODEL, PublisherProcess
+from tests.helpers import following
+
+
+@pytest.fixture
+def mirror(redis_url: str) -> Iterator[Mirror]:
+    with following(redis_url, MODEL) as mirror:
+        yield mirror
 
 
 @pytest.fixture(autouse=True)

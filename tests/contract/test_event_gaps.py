@@ -5,7 +5,6 @@ from __future__ import annotations
 import signal
 import threading
 import time
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -15,7 +14,7 @@ from serve_app.events.source import REPLAY_TIMEOUT_S, EventSource, Received
 from serve_app.index.mirror import Mirror
 from serve_app.ports import free_port
 from serve_app.types import Trust
-from tests.engine import MODEL, POD, SIZE, Engine, PublisherProcess, engine_hash, matched
+from tests.engine import POD, SIZE, Engine, PublisherProcess, engine_hash, matched
 from tests.helpers import eventually
 from tests.proxy import HOST, Proxy
 
@@ -24,15 +23,6 @@ MUCH = 2000  # tokens of a batch that fills the sockets' buffers soon
 HWM = 4
 FEW_STEPS = 4
 FLOOD = 200  # batches; the kernel's socket buffers hold some tens
-
-
-@pytest.fixture
-def mirror(redis_url: str) -> Iterator[Mirror]:
-    mirror = Mirror(redis_url, MODEL)
-    mirror.start()
-    assert mirror.wait_ready(5)
-    yield mirror
-    mirror.close()
 
 
 def flood(engine: Engine) -> None:

@@ -28,7 +28,7 @@ from serve_app.index.keyspace import HeartbeatRecord
 from serve_app.index.mirror import Mirror
 from serve_app.index.redis_writer import RedisWriter
 from serve_app.types import GPU, LMCACHE, Domain, DomainId, EngineSpec, Epoch, ModelId, PodId, Tier
-from tests.helpers import eventually
+from tests.helpers import eventually, following
 
 MODEL = ModelId("test-model")
 ENGINE_MODEL = "org/test-model"
@@ -148,11 +148,8 @@ def mirror(redis_url: str) -> Iterator[Mirror]:
     writer.add(domain.id, domain.epoch, GPU, prompt(range(BLOCK)))
     writer.flush()
     writer.heartbeat(domain.id, HeartbeatRecord(domain.epoch))
-    mirror = Mirror(redis_url, MODEL, tier_order=(GPU, LMCACHE))
-    mirror.start()
-    assert mirror.wait_ready(5)
-    yield mirror
-    mirror.close()
+    with following(redis_url, MODEL, tier_order=(GPU, LMCACHE)) as mirror:
+        yield mirror
     writer.close()
 
 

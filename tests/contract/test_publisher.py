@@ -26,15 +26,6 @@ def engine(tmp_path: Path) -> Iterator[Engine]:
 
 
 @pytest.fixture
-def mirror(redis_url: str) -> Iterator[Mirror]:
-    mirror = Mirror(redis_url, MODEL)
-    mirror.start()
-    assert mirror.wait_ready(5)
-    yield mirror
-    mirror.close()
-
-
-@pytest.fixture
 def publisher(engine: Engine, redis_url: str, mirror: Mirror) -> Iterator[PublisherProcess]:
     publisher = PublisherProcess(engine, redis_url)
     eventually(lambda: mirror.pods() == [POD], 15)

@@ -22,15 +22,6 @@ ID = DomainId(POD)
 
 
 @pytest.fixture
-def mirror(redis_url: str) -> Iterator[Mirror]:
-    mirror = Mirror(redis_url, MODEL)
-    mirror.start()
-    assert mirror.wait_ready(5)
-    yield mirror
-    mirror.close()
-
-
-@pytest.fixture
 def former_and_new(redis_url: str) -> Iterator[tuple[RedisWriter, RedisWriter]]:
     """Both have published; epochs 1 and 2."""
     writers = RedisWriter(redis_url, MODEL, lease_ttl_s=0.5), RedisWriter(redis_url, MODEL)

@@ -21,7 +21,7 @@ from serve_app.ports import free_port
 from serve_app.prompts.encoder import PromptEncoder
 from serve_app.prompts.prefix_store import PrefixStore
 from serve_app.types import EngineSpec, ModelId, PodId
-from tests.helpers import eventually
+from tests.helpers import eventually, following
 
 pytestmark = [pytest.mark.integration, pytest.mark.timeout(600)]
 
@@ -103,11 +103,8 @@ def publish(vllm: Vllm, redis_url: str, model_path: str) -> Iterator[subprocess.
 
 @pytest.fixture
 def mirror(redis_url: str) -> Iterator[Mirror]:
-    mirror = Mirror(redis_url, MODEL)
-    mirror.start()
-    assert mirror.wait_ready(5)
-    yield mirror
-    mirror.close()
+    with following(redis_url, MODEL) as mirror:
+        yield mirror
 
 
 @pytest.fixture(scope="module")
