@@ -29,7 +29,7 @@ demo: setup ## real vLLM replicas: round robin against KV-aware, with a table at
 	@$(BIN)/kvcache demo $(ARGS)
 
 .PHONY: audit
-audit: setup ## predicted cached tokens against the engines' own, under eviction
+audit: setup ## predicted cached tokens against the engines' own, under eviction (ARGS='--layout gemma3 --kv-blocks 400')
 	@$(BIN)/kvcache audit --config configs/quickstart.yaml --output benchmarks/results/audit.json $(ARGS)
 
 .PHONY: up
@@ -50,7 +50,15 @@ test: setup ## all tests; real Valkey, real Ray, real vLLM
 
 .PHONY: test-parity
 test-parity: setup ## prompts against real vLLM, every tokenizer family and all generated cases
-	@KVCACHE_PARITY=full $(BIN)/python -m pytest tests/integration/test_prompt_parity.py $(ARGS)
+	@KVCACHE_PARITY=full $(BIN)/python -m pytest tests/integration/test_prompt_parity.py tests/integration/test_endpoint_parity.py $(ARGS)
+
+.PHONY: fuzz
+fuzz: setup ## 10,000 made-up inputs for every surface (20 minutes; make test has a tenth)
+	@KVCACHE_FUZZ=10000 $(BIN)/python -m pytest tests/fuzz --timeout 7200 --durations 20 $(ARGS)
+
+.PHONY: chaos
+chaos: setup ## break every part under load, real engines; what came of it goes to benchmarks/results (15 minutes)
+	@KVCACHE_CHAOS=1 $(BIN)/python -m pytest tests/chaos -s $(ARGS)
 
 .PHONY: check
 check: format-check lint types contracts test ## everything CI checks
@@ -89,8 +97,13 @@ bench: bench-setup ## every benchmarks/bench_*.py; results go to benchmarks/resu
 	@shopt -s nullglob; for script in benchmarks/bench_*.py; do echo "==> $$script"; $(BIN)/python "$$script" $(ARGS); done
 
 .PHONY: bench-read-path
-bench-read-path: bench-setup ## from body bytes to scored replicas, stage by stage
+bench-read-path: bench-setup ## from body bytes to scored replicas, stage by stage; plain engines and hybrids
 	@$(BIN)/python benchmarks/bench_read_path.py $(ARGS)
+	@$(BIN)/python benchmarks/bench_hybrid.py $(filter --quick,$(ARGS))
+
+.PHONY: bench-hybrid
+bench-hybrid: setup ## the index match for engines with several KV cache groups, beside plain ones
+	@$(BIN)/python benchmarks/bench_hybrid.py $(ARGS)
 
 .PHONY: bench-write-path
 bench-write-path: setup ## from KV events to Redis and to a mirror: rates, delay, memory
@@ -108,8 +121,12 @@ bench-fleet: bench-setup ## routing policies on a simulated fleet of GPU replica
 bench-real: setup ## real vLLM engines: KV-aware beside its baselines, Ray's prefix router and vllm-router
 	@$(BIN)/python benchmarks/bench_real.py $(ARGS)
 
+.PHONY: soak
+soak: setup ## an hour of load: memory, file descriptors, Redis, truth (Ctrl-C ends it early; ARGS='--minutes 20', ARGS=--quick)
+	@$(BIN)/python benchmarks/soak.py $(ARGS)
+
 .PHONY: lock
-lock: ## resolve pyproject.toml afresh and write constraints.txt
+lock: ## resolve pyproject.toml afresh and write constraints.txt and requirements.lock (with hashes)
 	@scripts/setup.sh --lock
 
 .PHONY: clean

@@ -3,7 +3,8 @@
 #
 #   scripts/setup.sh            install; a second run finds its stamp and ends at once
 #   scripts/setup.sh --repair   install again and check again, whatever the stamp says
-#   scripts/setup.sh --lock     resolve pyproject.toml afresh in a scratch environment, write constraints.txt
+#   scripts/setup.sh --lock     resolve pyproject.toml afresh in a scratch environment, write constraints.txt, and
+#                               requirements.lock with the hashes of what the package itself needs
 #
 # KVCACHE_VENV    folder of the environment (default: .venv in this repository)
 # KVCACHE_EXTRA   cpu or gpu (default: gpu where nvidia-smi works, else cpu)
@@ -156,7 +157,12 @@ lock_constraints() {
             | sed -E 's/^(torch==[^+]*)\+.*/\1/'
     } >"$scratch/constraints.txt"
     cp "$scratch/constraints.txt" constraints.txt
-    say "wrote constraints.txt ($(grep -vc '^#' constraints.txt) packages); see: git diff constraints.txt"
+    say "hashing what the package itself needs"
+    make_venv "$python" "$scratch/base"
+    pip_install "$scratch/base" --dry-run --ignore-installed --report "$scratch/report.json" -c constraints.txt .
+    "$python" scripts/hashes.py "$scratch/report.json" >"$scratch/requirements.lock"
+    cp "$scratch/requirements.lock" requirements.lock
+    say "wrote constraints.txt ($(grep -vc '^#' constraints.txt) packages) and requirements.lock; see: git diff"
 }
 
 # What the environment depends on. Its path is the first line: one that was copied or moved with its tree points at the

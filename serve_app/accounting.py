@@ -54,7 +54,7 @@ def error_blocks(predicted_tokens: int, actual_tokens: int, block_size: int) -> 
 
 def reads_cache(body: Mapping[str, Any]) -> bool:
     """Whether vLLM looks into its cache for this request: not if logprobs of the prompt are asked for."""
-    if body.get("prompt_logprobs") is not None:
+    if _sampling(body).get("prompt_logprobs") is not None:
         return False
     if not body.get("echo"):
         return True
@@ -64,9 +64,15 @@ def reads_cache(body: Mapping[str, Any]) -> bool:
 
 def is_one_sequence(body: Mapping[str, Any]) -> bool:
     """Whether the request has one prompt and one answer, so that its `cached_tokens` is that prompt's."""
-    prompt = body.get("prompt")
+    prompt = body.get("prompt") or body.get("input")
     several = isinstance(prompt, list) and (len(prompt) != 1 if _holds_prompts(prompt) else False)
-    return not several and (body.get("n") or 1) == 1
+    return not several and (_sampling(body).get("n") or 1) == 1
+
+
+def _sampling(body: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Where the sampling parameters are: in the request, or in a field of `/inference/v1/generate`."""
+    given = body.get("sampling_params")
+    return given if "token_ids" in body and isinstance(given, Mapping) else body
 
 
 def _holds_prompts(prompt: list[Any]) -> bool:

@@ -19,7 +19,7 @@ from serve_app.deployments.embedded_redis import EmbeddedRedis, resolve_redis_ur
 from serve_app.deployments.graph import BlockIndex, PrefixStore, Tokenizer
 from serve_app.deployments.scorer import Scorer
 from serve_app.errors import ConfigError
-from serve_app.model import resolve_model
+from serve_app.model import fast_dtype, resolve_model
 
 logger = logging.getLogger("ray.serve")
 
@@ -63,13 +63,14 @@ def build_llm(args: LLMArgs) -> Application:
     if loading.get("model_source"):
         loading["model_source"] = resolve_model(loading["model_source"])
     llm["model_loading_config"] = loading
+    llm["engine_kwargs"] = _engine_kwargs(llm)
 
     try:
         lmcache = {} if args.lmcache is None else {"lmcache": args.lmcache}
         settings = RouterSettings(**{"model": loading["model_id"], **args.routing, **lmcache})
     except ValidationError as error:
         raise ConfigError(f"routing: {error}") from error
-    block_size = dict(llm.get("engine_kwargs") or {}).get("block_size")
+    block_size = llm["engine_kwargs"].get("block_size")
     if settings.lmcache and not settings.lmcache.attach and block_size:
         settings.lmcache.check_block_size(block_size)
     deployment_config = dict(llm.get("deployment_config") or {})
@@ -87,4 +88,16 @@ def build_llm(args: LLMArgs) -> Application:
         logger.info("kvcache: direct streaming is off, tokens pass the ordinary ingress (see configs/direct.env)")
         builder["ingress_cls_config"] = {"ingress_cls": _INGRESS}
         builder["ingress_deployment_config"] = {**_INGRESS_OPTIONS, **args.ingress}
-    return build_openai_app(builder)
+    application = build_openai_app(builder)
+    if RAY_SERVE_LLM_ENABLE_DIRECT_STREAMING and llm["engine_kwargs"].get("data_parallel_size", 1) > 1:
+        from serve_app.deployments.rank_router import with_rank_names
+
+        return with_rank_names(application)
+    return application
+
+
+def _engine_kwargs(llm: dict[str, Any]) -> dict[str, Any]:
+    """As given. On a CPU, numbers that this one computes fast with, unless they are named."""
+    given = dict(llm.get("engine_kwargs") or {})
+    on_cpu = dict(llm.get("accelerator_config") or {}).get("kind") == "cpu"
+    return {"dtype": fast_dtype(), **given} if on_cpu else given

@@ -7,15 +7,18 @@ import logging
 import signal
 import sys
 import threading
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
+import msgspec
 import typer
 import yaml
 from rich.console import Console
 from rich.table import Table
 
 from serve_app import local_stack
+from serve_app.access import hash_key, new_key, own_key_header
 from serve_app.errors import ConfigError, KVCacheError
 from serve_app.ports import free_port
 
@@ -114,6 +117,13 @@ def status() -> None:
             ", ".join(f"{reason} {count}" for reason, count in (shared["events_skipped"] or {}).items()) or "0",
         )
     Console().print(table)
+    for pod in known["pods"]:
+        if pod["cause"]:
+            _say(f"[red]{pod['pod']} is not exact[/red]: {pod['cause']}")
+        for tier, why in pod["unindexed"].items():
+            _say(f"{pod['pod']}: tier {tier} is not in the index: {why}")
+    for one in known["left_out"]:
+        _say(f"[red]left out[/red] of {one['sender']}: {one['reason']}, {one['count']} times (the log says more)")
 
 
 @app.command()
@@ -125,6 +135,14 @@ def publish(
     replay: Annotated[str | None, typer.Option(help="The engine's replay socket; without it gaps are lost.")] = None,
     tokenizer: Annotated[str, typer.Option(help="Tokenizer path or Hugging Face id, if not the model's id.")] = "",
     chat_template: Annotated[Path | None, typer.Option(help="Jinja file, if the engine was given one.")] = None,
+    server: Annotated[
+        str,
+        typer.Option(help="URL of the engine's API: its /tokenize proves that routers make the engine's prompts."),
+    ] = "",
+    revision: Annotated[str, typer.Option(help="vLLM's --tokenizer-revision, or --revision.")] = "",
+    tokenizer_mode: Annotated[str, typer.Option(help="vLLM's --tokenizer-mode.")] = "auto",
+    pooling: Annotated[bool, typer.Option(help="The engine embeds, classifies or ranks (--runner pooling).")] = False,
+    exclude_tools: Annotated[bool, typer.Option(help="vLLM's --exclude-tools-when-tool-choice-none.")] = False,
     served_name: Annotated[
         list[str] | None, typer.Option(help="Another name of the base model (vLLM's --served-model-name). Repeatable.")
     ] = None,
@@ -138,10 +156,33 @@ def publish(
     lmcache: Annotated[
         str, typer.Option(help="host:port of its LMCache server, as `kvcache publish-lmcache` is given it.")
     ] = "",
+    groups: Annotated[
+        str,
+        typer.Option(
+            help="KV cache groups as JSON, where events do not tell enough (chunked local attention): "
+            '[{"kind": "chunked_local_attention", "block_size": 16, "window": 8192}, {"kind": "full_attention", ...}].'
+        ),
+    ] = "",
+    eagle: Annotated[bool, typer.Option(help="The engine speculates with EAGLE or MTP.")] = False,
+    hash_algorithm: Annotated[str, typer.Option(help="vLLM's --prefix-caching-hash-algo.")] = "sha256",
+    hash_seed: Annotated[str | None, typer.Option(help="PYTHONHASHSEED of the engine, if it is set.")] = None,
+    offload_chunk_blocks: Annotated[
+        int, typer.Option(min=1, help="Blocks that native offload stores as one (blocks_per_chunk).")
+    ] = 1,
+    data_parallel_size: Annotated[
+        int,
+        typer.Option(min=1, help="vLLM's: so many ranks publish, rank n on the ports of --engine and --replay plus n."),
+    ] = 1,
+    rank: Annotated[
+        list[int] | None,
+        typer.Option(min=0, help="Only this one of its ranks, e.g. because others are on other hosts. Repeatable."),
+    ] = None,
 ) -> None:
     """Publish the blocks of a vLLM server that Ray does not manage. Ends cleanly on Ctrl-C or SIGTERM."""
-    from serve_app.events.endpoint import check_endpoint
+    from serve_app.events.endpoint import check_endpoint, endpoint_of_rank
+    from serve_app.events.engine_groups import parse_groups
     from serve_app.events.publisher import PublisherConfig
+    from serve_app.routing.ranks import pod_of_rank
 
     check_endpoint(engine, "--engine")
     if replay:
@@ -160,8 +201,39 @@ def publish(
         served_names=tuple(served_name or ()),
         address=address,
         attached=(f"node:{lmcache}",) if lmcache else (),
+        groups=parse_groups(groups) if groups else (),
+        eagle=eagle,
+        hash_algorithm=hash_algorithm,
+        hash_seed=hash_seed,
+        offload_chunk_blocks=offload_chunk_blocks,
+        revision=revision,
+        tokenizer_mode=tokenizer_mode,
+        pooling=pooling,
+        excludes_tools=exclude_tools,
+        identity=_identity_of(server, model),
     )
-    _run_publisher(config)
+    ranks = sorted(set(rank or ())) or range(data_parallel_size)
+    if data_parallel_size == 1 and not rank:
+        _run_publisher(config)
+        return
+    if data_parallel_size > 1 and ranks[-1] >= data_parallel_size:
+        raise ConfigError(
+            f"--rank {ranks[-1]}: with --data-parallel-size {data_parallel_size} the last one is "
+            f"{data_parallel_size - 1}"
+        )
+    _run_publishers(
+        [
+            msgspec.structs.replace(
+                config,
+                pod=pod_of_rank(pod, number),
+                rank=number,
+                replica=pod,
+                endpoint=endpoint_of_rank(engine, number),
+                replay_endpoint=endpoint_of_rank(replay, number) if replay else None,
+            )
+            for number in ranks
+        ]
+    )
 
 
 @app.command()
@@ -196,14 +268,35 @@ def publish_lmcache(
     _run_publisher(config)
 
 
+def _identity_of(server: str, model: str) -> tuple[tuple[str, str], ...]:
+    if not server:
+        return ()
+    from serve_app.prompts.probing import identity_of_server
+
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s")
+    return identity_of_server(server, model)
+
+
 def _run_publisher(config: PublisherConfig) -> None:
     from serve_app.events.publisher import Publisher
 
+    Publisher(config).run(_stop_signal())
+
+
+def _run_publishers(configs: Sequence[PublisherConfig]) -> None:
+    from serve_app.events.several import run_several
+
+    if status := run_several(configs, _stop_signal()):
+        raise typer.Exit(status)
+
+
+def _stop_signal() -> threading.Event:
+    """Set by Ctrl-C or SIGTERM."""
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s")
     stop = threading.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: stop.set())
-    Publisher(config).run(stop)
+    return stop
 
 
 @app.command()
@@ -243,6 +336,18 @@ def receipts(
             *told,
         )
     Console().print(table)
+
+
+@app.command()
+def key(
+    name: Annotated[str, typer.Argument(help="Of the caller, for people.")],
+    salt: Annotated[list[str] | None, typer.Option(help="A cache_salt it may ask about; default: none.")] = None,
+    admin: Annotated[bool, typer.Option("--admin", help="It may read pods and receipts too.")] = False,
+) -> None:
+    """Make a key of the Score API: itself on stderr, its entry for auth.keys_file on stdout."""
+    made = new_key()
+    print(yaml.safe_dump([{"name": name, "sha256": hash_key(made), "salts": salt or [""], "admin": admin}]), end="")
+    console.print(made, soft_wrap=True)
 
 
 @app.command()
@@ -308,6 +413,12 @@ def audit(
     kv_blocks: Annotated[
         int, typer.Option(min=1, help="With --config: KV blocks of each engine, so few that it evicts.")
     ] = 288,
+    layout: Annotated[
+        str,
+        typer.Option(
+            help="With --config: a small model with random weights of this attention layout: dense, gemma3, lfm2, ..."
+        ),
+    ] = "",
     port: PortOption = None,
     requests: Annotated[
         Path | None, typer.Option(help="JSONL of OpenAI requests to send, in order, instead of generated ones.")
@@ -320,12 +431,18 @@ def audit(
     output: Annotated[Path, typer.Option(help="Where to write the result.")] = Path("audit.json"),
 ) -> None:
     """Compare the predicted cached tokens with the engines' own. Exit status 1: too many are wrong."""
+    from serve_app.audit.layouts import with_layout
     from serve_app.audit.run import Settings, run_audit
     from serve_app.audit.traffic import Plan
 
     plan = Plan(count=count, conversations=conversations, tokens=tokens, seed=seed)
     loaded = load_config(config, port or free_port()) if config else None
-    settings = Settings(url, score_url, loaded, str(config or ""), kv_blocks, requests, plan, require, output)
+    if layout:
+        if loaded is None:
+            raise ConfigError("--layout needs a --config to start")
+        loaded = with_layout(loaded, layout)
+    name = f"{config or ''}{f', layout {layout}' if layout else ''}"
+    settings = Settings(url, score_url, loaded, name, kv_blocks, requests, plan, require, output)
     if not run_audit(settings):
         raise typer.Exit(1)
 
@@ -340,7 +457,7 @@ def _ask_graph(method: str, url: str, **more: Any) -> tuple[int, Any]:
 
     advice = "does the kvcache application (build_kvcache) run there? --url is its route prefix and the path"
     try:
-        answer = httpx.request(method, url, timeout=60, **more)
+        answer = httpx.request(method, url, timeout=60, headers=own_key_header(), **more)
     except (httpx.HTTPError, httpx.InvalidURL) as error:
         raise ConfigError(f"{url} does not answer ({error}); {advice}") from error
     if answer.status_code == httpx.codes.NOT_FOUND:
@@ -371,7 +488,7 @@ def load_config(path: Path, port: int | None = None) -> dict[str, Any]:
     """
     try:
         config = yaml.safe_load(path.read_text())
-    except (OSError, yaml.YAMLError) as error:
+    except (OSError, UnicodeDecodeError, RecursionError, yaml.YAMLError) as error:
         raise ConfigError(f"{path}: {error}") from error
     if not isinstance(config, dict) or "applications" not in config:
         raise ConfigError(f"{path} is not a Serve config: it has no `applications`")

@@ -8,6 +8,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, NonNegativeFloat, PositiveInt
 
 from serve_app.errors import ConfigError
+from serve_app.limits import Limits
 from serve_app.routing.choice import Policy
 from serve_app.routing.costs import TIER_LOAD, CostWeights
 from serve_app.scoring import Strategy
@@ -54,6 +55,15 @@ class CostSettings(_Settings):
         )
 
 
+class AuthSettings(_Settings):
+    """Who may ask the Score API."""
+
+    keys_file: Annotated[
+        str,
+        Field(description="Path of the keys (serve_app/access.py); read again when it changes. Empty: no key needed."),
+    ] = ""
+
+
 class IndexSettings(_Settings):
     """Where the index of one model is, and how much of it to hold."""
 
@@ -78,6 +88,7 @@ class IndexSettings(_Settings):
         DEFAULT_PREFIX_STORE_BYTES
     )
     cost: Annotated[CostSettings, Field(description="Weights of `strategy: expected_ttft`.")] = CostSettings()
+    limits: Annotated[Limits, Field(description="How much of a request is looked at, and how many.")] = Limits()
 
 
 class LMCacheSettings(_Settings):
@@ -152,6 +163,7 @@ class GraphArgs(IndexSettings):
     strategy: Annotated[Strategy, Field(description="How a match becomes a score, where a request does not say.")] = (
         Strategy.LONGEST_PREFIX
     )
+    auth: Annotated[AuthSettings, Field(description="Keys of the Score API, receipts and pods.")] = AuthSettings()
     tokenizer_replicas: PositiveInt = 1
     prefix_store_replicas: PositiveInt = 1
     block_index_replicas: PositiveInt = 1

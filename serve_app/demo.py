@@ -28,7 +28,6 @@ from rich.table import Table
 
 from serve_app import local_stack
 from serve_app.config import REPLICA_HEADER
-from serve_app.model import fast_dtype
 
 BLOCK_SIZE = 32
 ANSWER_TOKENS = 24
@@ -128,11 +127,10 @@ def run_demo(workload: Workload, quickstart: Mapping[str, Any], output: Path) ->
 
 
 def _config(quickstart: Mapping[str, Any], workload: Workload, policy: str) -> dict[str, Any]:
-    """The quickstart config with the policy, a KV cache sized for the workload, and numbers that the CPU has."""
+    """The quickstart config with the policy, and a KV cache sized for the workload."""
     config = local_stack.with_kv_blocks(quickstart, workload.kv_blocks_per_replica)
     (llm,) = (app["args"] for app in config["applications"] if app["import_path"].endswith(":build_llm"))
     llm["routing"]["policy"] = policy
-    llm["llm"]["engine_kwargs"]["dtype"] = fast_dtype()
     return config
 
 

@@ -4,6 +4,7 @@ KVCacheError
 ├── ConfigError           a setting is wrong; the message says which and what to write instead
 ├── PromptError           a request body has no prompt that can be scored; `reason` is a metric label
 ├── WireError             bytes from an engine that are not a KV event batch
+├── RecordNotUnderstood   a record in Redis says what this version does not know; `reason` is a metric label
 ├── StoreError            Redis did not do what it was asked
 │   └── DomainTaken       another publisher writes what this one writes
 └── IndexUnavailable      the index has no data for this model (yet)
@@ -37,6 +38,17 @@ class PromptError(KVCacheError):
 
 class WireError(KVCacheError):
     """Bytes from an engine that are not a KV event batch."""
+
+
+class RecordNotUnderstood(KVCacheError):
+    """A record in Redis says what this version of the package does not know, or what cannot be.
+
+    Whoever it is about is left out, under `reason`; nothing is guessed.
+    """
+
+    def __init__(self, reason: str, message: str) -> None:
+        super().__init__(message)
+        self.reason = reason
 
 
 class IndexUnavailable(KVCacheError):

@@ -40,7 +40,7 @@ class IndexStage(Protocol):
         ...
 
     async def match(
-        self, keys: BlockKeys, pods: Sequence[PodId] | None, *, count_hits: bool
+        self, keys: BlockKeys, pods: Sequence[PodId] | None, *, count_hits: bool, prompt_tokens: int | None = None
     ) -> Mapping[PodId, PodMatch]: ...
 
 
@@ -80,9 +80,15 @@ class Indexer:
             raise IndexUnavailable("no replica of the model has registered in Redis yet")
         prompts = await self._prompts.encode(body, spec)
         encoded_s = time.perf_counter()
-        matches = [await self._index.match(prompt.keys, pods, count_hits=counts_hits) for prompt in prompts]
+        matches = [await self._match(prompt, pods, count_hits=counts_hits) for prompt in prompts]
         stage_s = {"prompt": encoded_s - start_s, "index": time.perf_counter() - encoded_s}
         return Found(prompts, matches, spec.block_size, stage_s, is_one_sequence(body))
+
+    async def _match(
+        self, prompt: EncodedKeys, pods: Sequence[PodId] | None, *, count_hits: bool
+    ) -> Mapping[PodId, PodMatch]:
+        tokens = prompt.token_count if prompt.complete else None
+        return await self._index.match(prompt.keys, pods, count_hits=count_hits, prompt_tokens=tokens)
 
     async def score(self, body: Body, pods: Sequence[PodId] | None = None, strategy: Strategy | None = None) -> Scored:
         """Score `pods` for a request; errors as in `find`."""
@@ -100,6 +106,6 @@ class LocalIndex:
         return self._mirror.spec()
 
     async def match(
-        self, keys: BlockKeys, pods: Sequence[PodId] | None, *, count_hits: bool
+        self, keys: BlockKeys, pods: Sequence[PodId] | None, *, count_hits: bool, prompt_tokens: int | None = None
     ) -> Mapping[PodId, PodMatch]:
-        return self._mirror.match(keys, pods, count_hits=count_hits)
+        return self._mirror.match(keys, pods, count_hits=count_hits, prompt_tokens=prompt_tokens)

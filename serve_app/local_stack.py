@@ -24,6 +24,7 @@ import httpx
 import psutil
 import yaml
 
+from serve_app.access import KEY_VARIABLE, own_key_header
 from serve_app.errors import ConfigError, KVCacheError
 from serve_app.model import cache_home
 
@@ -121,7 +122,7 @@ def start(config: Mapping[str, Any], *, direct: bool, on_progress: Progress, nam
     running = Running(
         process.pid,
         psutil.Process(process.pid).create_time(),
-        f"http://{'127.0.0.1' if host == '0.0.0.0' else host}:{port}",
+        f"http://{'127.0.0.1' if host == '0.0.0.0' else host}:{port}",  # noqa: S104  # compared, not listened on
         name or str(path),
         str(log),
         _replica_count(config),
@@ -156,13 +157,21 @@ def stop(running: Running, *, on_progress: Progress) -> None:
 
 
 def describe(running: Running) -> dict[str, Any] | None:
-    """What the graph says of the pods; None while it does not answer."""
+    """What the graph says of the pods; None while it does not answer.
+
+    Raises:
+        ConfigError: it wants a key that we do not have.
+    """
     if running.graph is None:
         return None
     try:
-        answer: dict[str, Any] = (
-            httpx.get(f"{running.url}{running.graph}/v1/pods", timeout=10).raise_for_status().json()
-        )
+        got = httpx.get(f"{running.url}{running.graph}/v1/pods", headers=own_key_header(), timeout=10)
+        if got.status_code in {httpx.codes.UNAUTHORIZED, httpx.codes.FORBIDDEN}:
+            raise ConfigError(
+                f"the graph refuses to tell of its pods ({got.status_code}): set {KEY_VARIABLE} to a key of its "
+                "keys_file that has `admin: true`"
+            )
+        answer: dict[str, Any] = got.raise_for_status().json()
     except (httpx.HTTPError, ValueError):
         return None
     return answer

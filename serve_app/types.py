@@ -5,6 +5,7 @@ In: nothing. Out: types only; this module imports no other of the package.
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from enum import StrEnum
@@ -35,6 +36,12 @@ GPU = Tier("gpu")
 CPU = Tier("cpu")
 LMCACHE = Tier("lmcache")
 
+
+def group_tier(tier: Tier, place: int) -> Tier:
+    """Where the blocks of a layout's further groups are filed: `gpu`, `gpu/1`, `gpu/2`."""
+    return tier if place == 0 else Tier(f"{tier}/{place}")
+
+
 Epoch = NewType("Epoch", int)
 """One life of a domain, ms since 1970 at its start. Blocks and log entries of another epoch are void."""
 
@@ -45,6 +52,29 @@ class Trust(StrEnum):
     EXACT = "exact"  # every event of the engine has been applied, and everything was heard in time
     DEGRADED = "degraded"  # events were lost and not yet made up for: it may hold more, or a little less
     STALE = "stale"  # not heard of in time, or not there: it may hold less, or more
+
+
+ID_MAX_CHARS = 128
+
+
+def short_id(given: str) -> str:
+    """An id that a client has chosen, for use as a key: of at most `ID_MAX_CHARS`, and still its own."""
+    if len(given) <= ID_MAX_CHARS:
+        return given
+    digest = hashlib.blake2b(given.encode("utf-8", "surrogatepass"), digest_size=16).hexdigest()
+    return given[: ID_MAX_CHARS - len(digest)] + digest
+
+
+class TokenizerSource(NamedTuple):
+    """Where a tokenizer and its templates are loaded from. What has another `stamp` is loaded again."""
+
+    name: str  # path or Hugging Face id
+    revision: str = ""  # of a Hugging Face repository; empty: its main branch
+    stamp: str = ""  # of the engine's identity: the files under one name may be replaced
+
+    @property
+    def key(self) -> str:
+        return "\0".join(self)
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,6 +88,47 @@ class EngineSpec:
     content_format: str = "auto"  # vLLM's --chat-template-content-format: auto | string | openai
     template_kwargs: str = ""  # vLLM's --default-chat-template-kwargs, as JSON
     served_names: tuple[str, ...] = ()  # vLLM's --served-model-name: names of the base model beside `model`
+    pooling: bool = False  # it embeds, classifies or ranks: vLLM's --runner pooling
+    excludes_tools: bool = False  # vLLM's --exclude-tools-when-tool-choice-none
+    revision: str = ""  # vLLM's --tokenizer-revision, or --revision
+    tokenizer_mode: str = "auto"  # vLLM's --tokenizer-mode
+    identity: tuple[tuple[str, str], ...] = ()  # what it makes prompts with (prompts/identity.py); empty: not said
+
+    @property
+    def source(self) -> TokenizerSource:
+        return TokenizerSource(self.tokenizer, self.revision, "".join(digest for _, digest in self.identity))
+
+    def makes_prompts_as(self, other: EngineSpec) -> bool:
+        """Whether block keys of a prompt are the same for both, as far as they say."""
+        theirs = dict(other.identity)
+        return all(theirs.get(part, digest) == digest for part, digest in self.identity)
+
+
+class Attention(StrEnum):
+    """How the layers of a KV cache group look back, and so what they must find to go on from a cached prefix."""
+
+    FULL = "full"  # every block of the prefix
+    SLIDING_WINDOW = "sliding_window"  # the blocks of the last `window - 1` tokens
+    CHUNKED_LOCAL = "chunked_local"  # the blocks of the chunk of `window` tokens that the next token is in
+    MAMBA = "mamba"  # the one state at the prefix' end
+
+
+@dataclass(frozen=True, slots=True)
+class KVGroup:
+    """An engine's KV cache groups of one spec. vLLM looks them up as one: a block counts if all of them hold it."""
+
+    kind: Attention
+    block_size: int  # tokens
+    window: int = 0  # tokens: the sliding window, or the chunk of local attention
+    eagle: bool = False  # the last block of a hit is computed again, for the draft model (EAGLE, MTP)
+
+
+@dataclass(frozen=True, slots=True)
+class CacheLayout:
+    """What an engine's KV cache is made of. The plain one is a single group of full attention."""
+
+    groups: tuple[KVGroup, ...]
+    alignment: int  # tokens: a hit's length is a multiple of it
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,6 +157,12 @@ class Domain:
     degraded: bool = False  # its publisher has lost events of the engine, and knows not of every block
     attached: tuple[DomainId, ...] = ()  # shared domains that this pod loads from
     chunk_size: int = 0  # tokens that a shared domain loads at once, from a prompt's beginning; 0: a block
+    layout: CacheLayout | None = None  # None: one group of full attention, whose blocks are the canonical ones
+    capacity: int = 0  # blocks of its GPU cache; 0: unknown
+    rank: int | None = None  # data parallel rank of the engine behind this pod's replica; None: it has no ranks
+    replica: str = ""  # with a rank: the replica that requests for this pod are sent to
+    unindexed: Mapping[str, str] = field(default_factory=dict)  # tier that the engine uses -> why it is not indexed
+    doubt: str = ""  # with `degraded`: why its publisher does not believe what it knows itself
 
 
 @dataclass(frozen=True, slots=True)

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import contextlib
 import signal
+import socket
 import subprocess
 import sys
+from collections.abc import Mapping
 from pathlib import Path
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import msgspec
 from vllm.distributed.kv_events import BlockRemoved, BlockStored, KVEventBatch, ZmqEventPublisher
@@ -26,19 +28,37 @@ SIZE = 4
 class Engine:
     """The part of vLLM that sends KV events, for real; the events are written by the test."""
 
-    def __init__(self, folder: Path, *, buffer_steps: int = 10_000, hwm: int = 100_000) -> None:
+    def __init__(
+        self,
+        folder: Path | None = None,
+        *,
+        buffer_steps: int = 10_000,
+        hwm: int = 100_000,
+        config: Mapping[str, Any] | None = None,
+        rank: int = 0,
+    ) -> None:
+        """With Unix sockets in `folder`, or as the data parallel rank of an engine with this `kv_events_config`."""
         self._buffer_steps, self._hwm = buffer_steps, hwm
-        self.endpoint, self.replay_endpoint = f"ipc://{folder}/events", f"ipc://{folder}/replay"
+        self._rank = rank
+        self.endpoint, self.replay_endpoint = (
+            (config["endpoint"], config["replay_endpoint"])
+            if config
+            else (f"ipc://{folder}/events", f"ipc://{folder}/replay")
+        )
         self._publisher: ZmqEventPublisher | None = None
         self.start()
 
     def start(self) -> None:
-        self._publisher = ZmqEventPublisher(0, self.endpoint, self.replay_endpoint, self._buffer_steps, self._hwm)
+        self._publisher = ZmqEventPublisher(
+            self._rank, self.endpoint, self.replay_endpoint, self._buffer_steps, self._hwm
+        )
 
     def stop(self) -> None:
         if self._publisher is not None:
             self._publisher.shutdown()
             self._publisher = None
+            for endpoint in (self.endpoint, self.replay_endpoint):
+                eventually(lambda endpoint=endpoint: _can_bind(endpoint, self._rank))
 
     def restart(self) -> None:
         self.stop()
@@ -89,6 +109,20 @@ class Engine:
         )
 
 
+def _can_bind(endpoint: str, rank: int) -> bool:
+    """ZeroMQ closes sockets in the background: a port is free some time after `close`."""
+    if not endpoint.startswith("tcp://"):
+        return True
+    with socket.socket() as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind(("127.0.0.1", int(endpoint.rpartition(":")[2]) + rank))
+            probe.listen()
+        except OSError:
+            return False
+        return True
+
+
 def engine_hash(first_token: int) -> bytes:
     return b"engine-%d" % first_token
 
@@ -103,9 +137,15 @@ class PublisherProcess:
     started: ClassVar[list[PublisherProcess]] = []  # for tests/contract/conftest.py, which ends what a test left
 
     def __init__(
-        self, engine: Engine, redis_url: str, block_size: int = SIZE, log: Path | None = None, capacity: int = 0
+        self,
+        engine: Engine,
+        redis_url: str,
+        block_size: int = SIZE,
+        log: Path | None = None,
+        capacity: int = 0,
+        config: PublisherConfig | None = None,
     ) -> None:
-        config = PublisherConfig(
+        config = config or PublisherConfig(
             redis_url=redis_url,
             model=MODEL,
             pod=POD,

@@ -12,6 +12,7 @@ from typing import Any
 import httpx
 import msgspec
 
+from serve_app.access import own_key_header
 from serve_app.accounting import error_blocks, is_one_sequence, reads_cache, usable_tokens
 from serve_app.audit.traffic import Body, Request
 from serve_app.config import REPLICA_HEADER
@@ -167,7 +168,9 @@ class Gateway:
             ConfigError: there is no Score API.
         """
         try:
-            raw = self._http.put(self._score_url, json=body)  # not POST: see deployments/scorer.py
+            raw = self._http.put(
+                self._score_url, json=body, headers=own_key_header()
+            )  # not POST: see deployments/scorer.py
         except httpx.HTTPError as error:
             raise ConfigError(f"{self._score_url} does not answer ({error})") from error
         if raw.is_success:

@@ -6,7 +6,7 @@ import ray
 
 from serve_app.config import EMBEDDED
 from serve_app.errors import ConfigError, StoreError
-from serve_app.index.valkey import ValkeyProcess
+from serve_app.index.valkey import ValkeyProcess, check_private
 
 _SCHEME = "unix://"
 
@@ -15,7 +15,8 @@ def resolve_redis_url(url: str) -> str:
     """The URL itself, or for `embedded` the URL of this Ray session's Valkey.
 
     Raises:
-        ConfigError: `embedded` on a cluster of several nodes, which do not share a Unix socket.
+        ConfigError: `embedded` on a cluster of several nodes, which do not share a Unix socket; or the folder of the
+            socket is open to others.
     """
     if url != EMBEDDED:
         return url
@@ -25,7 +26,10 @@ def resolve_redis_url(url: str) -> str:
             f"redis_url: embedded works on one node, and this Ray cluster has {nodes}; "
             "set redis_url: redis://HOST:6379 to a Redis or Valkey that all of them reach"
         )
-    return f"{_SCHEME}{session_folder()}/kvcache-valkey.sock"
+    folder = session_folder() / "kvcache-valkey"
+    if folder.exists():
+        check_private(folder)
+    return f"{_SCHEME}{folder}/socket"
 
 
 def session_folder() -> Path:

@@ -7,6 +7,7 @@ Scorer -> PrefixStore -> Tokenizer
 import asyncio
 import time
 from collections.abc import Sequence
+from dataclasses import asdict
 from typing import Any
 
 from ray.serve.handle import DeploymentHandle
@@ -26,16 +27,16 @@ from serve_app.prompts.tokenizer import Tokenizer as TokenizerModel
 from serve_app.routing.choice import Cost
 from serve_app.routing.chooser import Chooser
 from serve_app.routing.desk import Desk
-from serve_app.types import BlockKeys, EncodedKeys, EngineSpec, Found, ModelId, PodId, PodMatch, Tier
+from serve_app.types import BlockKeys, EncodedKeys, EngineSpec, Found, ModelId, PodId, PodMatch, Tier, TokenizerSource
 
 
 class Tokenizer:
     """Text segments -> token ids, in a process of its own."""
 
     def __init__(self) -> None:
-        self._models: Once[str, TokenizerModel] = Once(TokenizerModel)
+        self._models: Once[TokenizerSource, TokenizerModel] = Once(TokenizerModel)
 
-    async def encode_segments(self, source: str, segments: Sequence[Segment]) -> list[bytes]:
+    async def encode_segments(self, source: TokenizerSource, segments: Sequence[Segment]) -> list[bytes]:
         """Packed token ids of each segment."""
         model = await self._models(source)
         return await asyncio.to_thread(model.encode_segments, segments)
@@ -78,8 +79,10 @@ class BlockIndex:
     async def spec(self) -> EngineSpec | None:
         return self._mirror.spec()
 
-    async def match(self, keys: BlockKeys, pods: Sequence[PodId] | None, count_hits: bool) -> dict[PodId, PodMatch]:
-        return dict(self._mirror.match(keys, pods, count_hits=count_hits))
+    async def match(
+        self, keys: BlockKeys, pods: Sequence[PodId] | None, count_hits: bool, prompt_tokens: int | None = None
+    ) -> dict[PodId, PodMatch]:
+        return dict(self._mirror.match(keys, pods, count_hits=count_hits, prompt_tokens=prompt_tokens))
 
     async def costs(self, found: Found) -> dict[PodId, Cost]:
         """What the request would cost at each pod that was looked up, by what the pods have reported."""
@@ -100,6 +103,10 @@ class BlockIndex:
         return {
             "stale_for_s": round(self._mirror.stale_for_s(), 3),
             "blocks": dict(self._mirror.block_counts()),
+            "left_out": [
+                {"sender": sender, "reason": reason, "count": count}
+                for (sender, reason), count in self._mirror.left_out().items()
+            ],
             "shared": [
                 {
                     "domain": domain.id,
@@ -122,7 +129,13 @@ class BlockIndex:
                     "trust": self._mirror.trust(domain.pod) if domain.pod else None,
                     "epoch": domain.epoch,
                     "address": domain.address,
+                    "replica": domain.replica or domain.pod,
+                    "rank": domain.rank,
+                    "capacity": domain.capacity or None,
+                    "cause": self._mirror.cause(domain.id) or domain.doubt,
                     "block_size": domain.spec.block_size,
+                    "groups": [asdict(group) for group in domain.layout.groups] if domain.layout else [],
+                    "unindexed": dict(domain.unindexed),
                     "blocks": heartbeat.blocks if heartbeat else None,
                     "in_flight": heartbeat.in_flight if heartbeat else None,
                     "events_applied": heartbeat.events_applied if heartbeat else None,

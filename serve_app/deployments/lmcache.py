@@ -34,6 +34,7 @@ from serve_app.events.lmcache_server import LMCacheProcess
 from serve_app.events.lmcache_source import chunk_size_of, reports_changes
 from serve_app.events.node_publishers import NodePublishers, of_domain
 from serve_app.events.publisher import LMCacheStream, PublisherConfig
+from serve_app.supervision import Backoff, LoopGuard
 
 logger = logging.getLogger("ray.serve")
 
@@ -84,14 +85,17 @@ class LMCacheNode:
     # -- thread: children are told to end when the thread that made them does, so one thread makes them all -----------
 
     def _run(self) -> None:
-        try:
-            while time.monotonic() < self._end_at_s:
+        guard = LoopGuard("lmcache: the node's server and publishers are not looked after", Backoff(WATCH_S), logger)
+        while time.monotonic() < self._end_at_s:
+            wait_s = WATCH_S
+            try:
                 self._keep_server()
                 self._publishers.keep()
-                time.sleep(WATCH_S)
-            logger.info("lmcache: no replica has used the server for %s s; it ends", self._settings.linger_s)
-        except Exception:
-            logger.exception("lmcache: the node's actor ends")
+                guard.went_well()
+            except Exception as error:
+                wait_s = guard.failed(error)
+            time.sleep(wait_s)
+        logger.info("lmcache: no replica has used the server for %s s; it ends", self._settings.linger_s)
         self._publishers.end()
         if self._server is not None:
             self._server.stop()
@@ -209,13 +213,16 @@ class LMCacheAttachment:
 
     async def hold(self) -> None:
         """Say that the replica is there, for as long as it is."""
+        guard = LoopGuard("lmcache: the node's actor is not told of this replica", Backoff(WATCH_S, HOLD_S), logger)
         while True:
+            wait_s = HOLD_S
             try:
                 actor = await asyncio.to_thread(self._actor)
                 await actor.hold.remote(self._pod, self._publisher)
+                guard.went_well()
             except Exception as error:
-                logger.warning("lmcache: %s; trying again", error)
-            await asyncio.sleep(HOLD_S)
+                wait_s = guard.failed(error)
+            await asyncio.sleep(wait_s)
 
     def _actor(self) -> Any:
         """The node's actor; made, if there is none, with the port that the engine knows."""

@@ -6,13 +6,15 @@ Counters of the hot path are plain integers, handed to Ray once per second: a Ra
 import logging
 import threading
 from collections import Counter as Tally
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 
 from ray.util.metrics import Counter, Gauge, Histogram
 
 from serve_app.index.mirror import Mirror
+from serve_app.loop_watch import LoopWatch
 from serve_app.routing.receipts import Receipt
-from serve_app.types import PodId, Tier, Trust
+from serve_app.supervision import Backoff, LoopGuard
+from serve_app.types import Tier, Trust
 
 logger = logging.getLogger("ray.serve")
 
@@ -27,13 +29,17 @@ class _Every:
 
     def __init__(self, period_s: float, function: Callable[[], None]) -> None:
         self._stop = threading.Event()
+        guard = LoopGuard("kvcache: metrics could not be updated", Backoff(period_s), logger)
 
         def loop() -> None:
-            while not self._stop.wait(period_s):
+            wait_s = period_s
+            while not self._stop.wait(wait_s):
                 try:
                     function()
-                except Exception:
-                    logger.exception("kvcache: metrics could not be updated; again in %s s", period_s)
+                    guard.went_well()
+                    wait_s = period_s
+                except Exception as error:
+                    wait_s = guard.failed(error)
 
         threading.Thread(target=loop, name="kvcache-metrics", daemon=True).start()
 
@@ -82,8 +88,18 @@ class RouterMetrics:
             boundaries=_TTFT_BOUNDARIES_S,
             tag_keys=("model", "replica"),
         ).set_default_tags(tags)
+        self._lag = Gauge(
+            "kvcache_router_loop_lag_seconds",
+            "How late the router's event loop was at worst, in the last second.",
+            tag_keys=("model",),
+        ).set_default_tags(tags)
+        self._loop: LoopWatch | None = None
         self._lock = threading.Lock()
         self._flusher = _Every(FLUSH_S, self.flush)
+
+    def watch(self, loop: LoopWatch) -> None:
+        """Report how late this loop is."""
+        self._loop = loop
 
     def decided(self, outcome: str, reason: str, total_s: float) -> None:
         with self._lock:
@@ -111,6 +127,8 @@ class RouterMetrics:
             self._latency.observe(seconds, {"stage": stage})
 
     def flush(self) -> None:
+        if self._loop is not None:
+            self._lag.set(self._loop.take_worst())
         with self._lock:
             decisions, self._decisions = self._decisions, Tally()
             tokens, self._tokens = self._tokens, Tally()
@@ -125,6 +143,21 @@ class RouterMetrics:
                 self._prompt_counter.inc(count)
             elif count:
                 self._matched_counter.inc(count, {"tier": name.removeprefix("matched ")})
+
+
+class _Now:
+    """A gauge of what holds now: 1 or 0, and 0 once more for what is gone."""
+
+    def __init__(self, gauge: Gauge, tags: tuple[str, ...]) -> None:
+        self._gauge = gauge
+        self._tags = tags
+        self._shown: Iterable[tuple[str, ...]] = ()
+
+    def show(self, now: Mapping[tuple[str, ...], bool]) -> None:
+        """At every flush: Ray drops a gauge that is not set for two export intervals."""
+        for key, holds in {**dict.fromkeys(self._shown, False), **now}.items():
+            self._gauge.set(float(holds), dict(zip(self._tags, key, strict=True)))
+        self._shown = list(now)
 
 
 class IndexMetrics:
@@ -146,12 +179,22 @@ class IndexMetrics:
         self._stale = Gauge(
             "kvcache_index_stale_seconds", "Time since Redis last answered the mirror.", tag_keys=("model",)
         ).set_default_tags(tags)
-        self._trust = Gauge(
-            "kvcache_index_pod_trust",
-            "1 for the trust that each pod has now (exact, degraded, stale), 0 for the others.",
-            tag_keys=("model", "pod", "trust"),
-        ).set_default_tags(tags)
-        self._trusted: dict[PodId, Trust | None] = {}  # as the gauge says; None: the pod has left
+        self._trust = _Now(
+            Gauge(
+                "kvcache_index_pod_trust",
+                "1 for the trust that each pod has now (exact, degraded, stale), 0 for the others.",
+                tag_keys=("model", "pod", "trust"),
+            ).set_default_tags(tags),
+            ("pod", "trust"),
+        )
+        self._unindexed = _Now(
+            Gauge(
+                "kvcache_index_unindexed_tiers",
+                "1 for a tier that a pod uses and that the index does not follow (why: in its record), 0 once it does.",
+                tag_keys=("model", "pod", "tier"),
+            ).set_default_tags(tags),
+            ("pod", "tier"),
+        )
         self._entries = Counter(
             "kvcache_index_log_entries_total",
             "Log entries applied, by kind; loads, gaps, errors.",
@@ -175,26 +218,20 @@ class IndexMetrics:
         self._lag.set(mirror.lag_s)
         if mirror.stale_for_s() != float("inf"):
             self._stale.set(mirror.stale_for_s())
-        self._show_trust()
         for kind, count in list(mirror.counters.items()):
             self._up_to(self._entries, count, ("entries", kind), {"kind": kind})
         self._up_to(self._evicted, mirror.evicted_blocks, ("evicted", ""), {})
-        for domain, _, heartbeat in mirror.domains():
+        domains = mirror.domains()
+        pods = [domain.pod for domain, _, _ in domains if domain.pod is not None]
+        self._trust.show({(pod, each): each == mirror.trust(pod) for pod in pods for each in Trust})
+        self._unindexed.show({(d.pod or d.id, tier): True for d, _, _ in domains for tier in d.unindexed})
+        for domain, _, heartbeat in domains:
             if heartbeat is None:
                 continue
             name = domain.pod or domain.id  # a shared domain stands for itself
             results = {"applied": heartbeat.events_applied, "lost": heartbeat.events_lost, **heartbeat.events_skipped}
             for result, count in results.items():
                 self._up_to(self._events, count, (name, result), {"pod": name, "result": result})
-
-    def _show_trust(self) -> None:
-        pods = [domain.pod for domain, _, _ in self._mirror.domains() if domain.pod is not None]
-        now: dict[PodId, Trust | None] = {**dict.fromkeys(self._trusted), **{p: self._mirror.trust(p) for p in pods}}
-        for pod, trust in now.items():
-            if self._trusted.get(pod) != trust:
-                for each in Trust:
-                    self._trust.set(float(each == trust), {"pod": pod, "trust": each})
-        self._trusted = now
 
     def _up_to(self, counter: Counter, total: int, key: tuple[str, str], tags: dict[str, str]) -> None:
         """Raise a Ray counter to a total that is kept elsewhere. A total that fell has started again from 0."""

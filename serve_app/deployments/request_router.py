@@ -24,7 +24,7 @@ from ray.serve.request_router import RequestRouter
 
 from serve_app.accounting import reads_cache
 from serve_app.config import RouterSettings
-from serve_app.deployments import routed
+from serve_app.deployments import rank_header, routed
 from serve_app.deployments.embedded_redis import resolve_redis_url
 from serve_app.deployments.metrics import IndexMetrics, RouterMetrics
 from serve_app.deployments.stages import RemoteIndex, RemotePrompts, graph_handle, remote_tokenize
@@ -32,13 +32,17 @@ from serve_app.errors import IndexUnavailable, PromptError
 from serve_app.index.mirror import Mirror
 from serve_app.index.router_log import RouterLog
 from serve_app.indexer import Indexer, IndexStage, LocalIndex, PromptStage
+from serve_app.limits import check_prompts
+from serve_app.loop_watch import LoopWatch
 from serve_app.prompts.prefix_store import PrefixStore
 from serve_app.prompts.service import PromptService, Tokenize
 from serve_app.routing.choice import Choice, Outcome, Policy
 from serve_app.routing.chooser import Chooser, Sent
 from serve_app.routing.desk import Desk
-from serve_app.routing.receipts import receipt
-from serve_app.types import BlockKeys, Found, ModelId, PodId, Tier
+from serve_app.routing.ranks import Ranks
+from serve_app.routing.receipts import last_expected, receipt
+from serve_app.supervision import Backoff, ErrorLog, LoopGuard
+from serve_app.types import BlockKeys, Found, ModelId, PodId, Tier, short_id
 
 logger = logging.getLogger("ray.serve")
 
@@ -65,6 +69,10 @@ class KVCacheAwareRouter(MultiplexMixin, RequestRouter):
         self._chooser = Chooser(
             self._held, self._settings.policy, self._settings.strategy, self._settings.cost.weights()
         )
+        self._ranks = Ranks()
+        self._told_of_ranks = False
+        self._failures = ErrorLog("kvcache: a request could not be scored; it goes to the least-loaded replica", logger)
+        self._ranks_as_of = -1  # joins and loads that the mirror had seen
         self._sent: LRUCache[str, _Decision] = LRUCache(_REMEMBERED_DECISIONS)  # by Ray's id of the request
         self._started = False
         self._indexer: Indexer | None = None
@@ -92,6 +100,7 @@ class KVCacheAwareRouter(MultiplexMixin, RequestRouter):
             ModelId(settings.model),
             max_blocks=settings.max_blocks,
             tier_order=[Tier(tier) for tier in settings.tier_order],
+            bury=True,
         )
         self._mirror.start()
         self._index_metrics = IndexMetrics(self._mirror, settings.model)
@@ -117,32 +126,38 @@ class KVCacheAwareRouter(MultiplexMixin, RequestRouter):
     async def choose_replicas(
         self, candidate_replicas: list[RunningReplica], pending_request: PendingRequest | None = None
     ) -> list[list[RunningReplica]]:
-        """All candidates, one per rank, best first."""
+        """All candidates, one after the other, best first. Where they have data parallel ranks, these are compared."""
         if pending_request is not None:
             # Without it Serve asks again in a tight loop while every replica is full.
             pending_request.routing_context.should_backoff = True
         replicas = {PodId(replica.replica_id.unique_id): replica for replica in candidate_replicas}
         try:
             ranked = await self._decide(replicas, pending_request)
-        except Exception:
-            logger.exception("kvcache: a decision failed; the request goes to the least-loaded replica")
-            ranked = self._least_loaded(replicas)
-        return [[replicas[pod]] for pod in ranked]
+        except Exception as error:
+            self._failures.failed(error)
+            ranked = self._least_loaded(self._pods(replicas))
+        best = self._ranks.best(ranked)
+        self._name_ranks(best, pending_request)
+        return [[replicas[replica]] for replica in best]
 
     def update_replicas(self, replicas: list[RunningReplica]) -> None:
         super().update_replicas(replicas)
-        self._chooser.keep_only([PodId(replica.replica_id.unique_id) for replica in replicas])
+        there = [PodId(replica.replica_id.unique_id) for replica in replicas]
+        self._ranks.keep_only(there)
+        self._ranks_as_of = -1  # those of a new replica may have joined before Serve has told of it
+        self._chooser.keep_only(self._pods(there))
 
     def on_request_routed(self, pending_request: PendingRequest, replica_id: ReplicaID, result: ReplicaResult) -> None:
         """Remember who got the request: for the header of the ordinary ingress, and if the first choice refused it."""
-        request_id, pod = pending_request.metadata.request_id, PodId(replica_id.unique_id)
-        routed.remember(request_id, pod)
+        request_id, replica = pending_request.metadata.request_id, PodId(replica_id.unique_id)
         decision = self._sent.pop(pending_request.metadata.internal_request_id, None)
+        pod = replica if decision is None else self._ranks.best(decision.choice.ranked).get(replica, replica)
+        routed.remember(request_id, pod if rank_header.can_name(pending_request) else replica)
         if decision is not None and decision.sent.pod != pod:
             self._chooser.withdraw(decision.sent)
             self._chooser.sent(pod, decision.found, decision.choice, time.monotonic())
             if self._desk is not None:
-                self._desk.receipts.moved(request_id, pod)
+                self._desk.receipts.moved(short_id(request_id), pod)
 
     # -- inside ---------------------------------------------------------------------------------------------------
 
@@ -153,11 +168,12 @@ class KVCacheAwareRouter(MultiplexMixin, RequestRouter):
         if not self._started:
             self._start()
         start_s = time.perf_counter()
-        pods = sorted(replicas)
+        self._learn_ranks()
+        pods = self._pods(replicas)
         found, why = await self._find(pods, request)
         self._catch_up(pods)
         now_s = time.monotonic()
-        session = request.metadata.session_id if request is not None else ""
+        session = short_id(request.metadata.session_id) if request is not None else ""
         choice = self._chooser.choose(pods, found, now_s, why=why, session=session)
         choice = choice.with_last(self._full(replicas, now_s))
         if choice.ranked:
@@ -182,6 +198,7 @@ class KVCacheAwareRouter(MultiplexMixin, RequestRouter):
         if body is None:
             return None, "no_body"
         try:
+            check_prompts(body, self._settings.limits)
             found = await asyncio.wait_for(self._indexer.find(body, pods), self._settings.decision_deadline_s)
             return found if reads_cache(body) else found.without_matches(), found.incomplete
         except PromptError as error:
@@ -190,8 +207,8 @@ class KVCacheAwareRouter(MultiplexMixin, RequestRouter):
             return None, "no_index"
         except TimeoutError:
             return None, "deadline"
-        except Exception:
-            logger.exception("kvcache: a request could not be scored; it goes to the least-loaded replica")
+        except Exception as error:
+            self._failures.failed(error)
             return None, "error"
 
     def _book(
@@ -216,14 +233,46 @@ class KVCacheAwareRouter(MultiplexMixin, RequestRouter):
             for route in self._chooser.route(sent, found):
                 self._log.routed(route)
         if choice.outcome is not Outcome.BASELINE:
-            new = receipt(request.metadata.request_id, self._id, time.time(), decision_s, pod, choice, found)
-            if (oldest := self._desk.receipts.open(new, again=before is not None)) is not None:
+            new = receipt(short_id(request.metadata.request_id), self._id, time.time(), decision_s, pod, choice, found)
+            expected = last_expected(found, pod, choice)
+            if (oldest := self._desk.receipts.open(new, expected, again=before is not None)) is not None:
                 self._log.receipt(msgspec.json.encode(oldest))
 
     def _full(self, replicas: Mapping[PodId, RunningReplica], now_s: float) -> set[PodId]:
-        """Replicas that have as many requests as they may have."""
-        count = self._chooser.in_flight.count
-        return {pod for pod, replica in replicas.items() if count(pod, now_s) >= replica.max_ongoing_requests}
+        """What is behind replicas that have as many requests as they may have."""
+        full: set[PodId] = set()
+        for name, replica in replicas.items():
+            pods = self._ranks.pods(name)
+            if sum(self._chooser.in_flight.count(pod, now_s) for pod in pods) >= replica.max_ongoing_requests:
+                full.update(pods)
+        return full
+
+    def _pods(self, replicas: Iterable[PodId]) -> list[PodId]:
+        """What can be chosen: replicas, or where they have any, their data parallel ranks."""
+        return sorted(pod for replica in replicas for pod in self._ranks.pods(replica))
+
+    def _learn_ranks(self) -> None:
+        """Take in which pods are behind which replica, if a record has come since this was done last."""
+        if self._mirror is None:
+            return
+        as_of = self._mirror.counters["join"] + self._mirror.counters["loads"]
+        if as_of != self._ranks_as_of:
+            self._ranks.learn(domain for domain, _, _ in self._mirror.domains())
+            self._ranks_as_of = as_of
+
+    def _name_ranks(self, best: Mapping[PodId, PodId], request: PendingRequest | None) -> None:
+        """Tell the engine which of its ranks was chosen, whichever replica takes the request."""
+        ranks = {replica: rank for replica, pod in best.items() if (rank := self._ranks.rank(pod)) is not None}
+        if not ranks or request is None:
+            return
+        if rank_header.can_name(request):
+            rank_header.name(request, ranks)
+        elif not self._told_of_ranks:
+            self._told_of_ranks = True
+            logger.warning(
+                "kvcache: data parallel ranks cannot be named to the engine on this way in, so it takes one itself, "
+                "and a replica counts as its best rank (README, `Data parallel ranks`)"
+            )
 
     def _held(self, pods: Sequence[PodId], keys: BlockKeys) -> list[bool]:
         return self._mirror.held(pods, keys) if self._mirror is not None else [False] * len(pods)
@@ -236,9 +285,20 @@ class KVCacheAwareRouter(MultiplexMixin, RequestRouter):
             self._metrics.served(complete)
 
     async def _catch_up_when_idle(self) -> None:
+        assert self._metrics is not None
+        self._metrics.watch(LoopWatch(logger))
+        guard = LoopGuard("kvcache: the router could not take in what is new", Backoff(_CATCH_UP_S), logger)
+        wait_s = _CATCH_UP_S
         while True:
-            await asyncio.sleep(_CATCH_UP_S)
-            self._catch_up(())
+            await asyncio.sleep(wait_s)
+            wait_s = _CATCH_UP_S
+            try:
+                self._catch_up(())
+                if self._desk is not None and self._log is not None:
+                    self._log.distrust(self._desk.distrusted())
+                guard.went_well()
+            except Exception as error:  # whatever it is, the next turn may do without
+                wait_s = guard.failed(error)
 
     async def _load_tokenizer(self, mirror: Mirror, prompts: PromptService) -> None:
         """Load the tokenizer as soon as an engine has said which, before the first request needs it."""

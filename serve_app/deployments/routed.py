@@ -4,17 +4,44 @@ Use it as `routed.remember(...)`, by the module's name: Serve pickles routers an
 so a table that is imported by its own name would be a copy in each of them. A module is never copied.
 """
 
+from collections.abc import Mapping
+
 from cachetools import LRUCache
+
+from serve_app.types import PodId, short_id
 
 _REMEMBERED_REQUESTS = 10_000
 
 _replicas: LRUCache[str, str] = LRUCache(_REMEMBERED_REQUESTS)
+_ranks: LRUCache[str, Mapping[PodId, int]] = LRUCache(_REMEMBERED_REQUESTS)
+_hands_over_ranks = False
 
 
 def remember(request_id: str, replica: str) -> None:
-    _replicas[request_id] = replica
+    _replicas[short_id(request_id)] = replica
 
 
 def replica_of(request_id: str) -> str | None:
-    """The replica's unique id; None if the request was not routed here, or long ago."""
-    return _replicas.get(request_id)
+    """The replica's unique id, or the name of the data parallel rank; None if it was not routed here, or long ago."""
+    return _replicas.get(short_id(request_id))
+
+
+def hand_over_ranks() -> None:
+    """Somebody in this process asks for the ranks that are chosen here, and hands them to the engine."""
+    global _hands_over_ranks  # noqa: PLW0603  # of the process, as the tables are
+    _hands_over_ranks = True
+
+
+def hands_over_ranks() -> bool:
+    return _hands_over_ranks
+
+
+def remember_ranks(request_id: str, ranks: Mapping[PodId, int]) -> None:
+    """Which rank is to take the request, by the replica that it may be sent to."""
+    _ranks[short_id(request_id)] = ranks
+
+
+def take_rank(request_id: str, replica: PodId) -> int | None:
+    """The rank to name to the replica; None: none was chosen. It is told once."""
+    ranks: Mapping[PodId, int] = _ranks.pop(short_id(request_id), {})
+    return ranks.get(replica)

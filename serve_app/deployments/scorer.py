@@ -7,11 +7,14 @@ GET  /kvcache/v1/pods      what the index knows of every pod
 GET  /kvcache/v1/receipts  the routers' last decisions, each with what came of it
 GET  /kvcache/health
 
-Errors have OpenAI's shape: 400 where the request is to blame, 503 where it is a part of the graph.
+Errors have OpenAI's shape: 4xx where the request or its key is to blame, 503 where it is a part of the graph.
+With `auth.keys_file` all but /health want a key (serve_app/access.py); the limits hold always (serve_app/limits.py).
 """
 
 import logging
+import math
 import pickle
+import time
 from collections.abc import Mapping
 from typing import Annotated, Any
 
@@ -24,11 +27,14 @@ from ray.exceptions import RayError
 from ray.serve.exceptions import RayServeException
 from ray.serve.handle import DeploymentHandle
 
+from serve_app.access import Access, AccessDenied, Caller, check_admin, check_salt
 from serve_app.config import GraphArgs
+from serve_app.deployments.listening import reachable_host
 from serve_app.deployments.stages import RemoteIndex, RemotePrompts
 from serve_app.errors import IndexUnavailable, PromptError
 from serve_app.index.router_log import RECEIPTS_MAX
 from serve_app.indexer import Indexer
+from serve_app.limits import LimitExceeded, Turnstile, check_ids, check_prompts, parse, read_body
 from serve_app.routing.choice import Cost
 from serve_app.scoring import Strategy, score_all
 from serve_app.types import Found, PodId, Trust
@@ -69,9 +75,23 @@ class _Extra(BaseModel):
 
 
 # Above the class: serve.ingress pickles the endpoints with what they refer to at that moment.
-def _error(status: int, code: str, message: str) -> JSONResponse:
+def _error(status: int, code: str, message: str, headers: Mapping[str, str] | None = None) -> JSONResponse:
     """OpenAI's error shape."""
-    return JSONResponse({"error": {"message": message, "type": "invalid_request_error", "code": code}}, status)
+    error = {"error": {"message": message, "type": "invalid_request_error", "code": code}}
+    return JSONResponse(error, status, headers)
+
+
+def _denied(error: AccessDenied) -> JSONResponse:
+    return _error(error.status, error.code, str(error), {"www-authenticate": "Bearer"} if error.status == 401 else None)
+
+
+def _beyond(error: LimitExceeded) -> JSONResponse:
+    headers = {"retry-after": str(math.ceil(error.retry_after_s))} if error.status == 429 else None
+    return _error(error.status, error.code, str(error), headers)
+
+
+_TOO_MUCH = {"body_too_long": 413, "body_too_deep": 422, "many_prompts": 422}
+"""Statuses of a PromptError's reasons that are limits."""
 
 
 def _stage_failed(error: Exception) -> JSONResponse:
@@ -92,6 +112,15 @@ class Scorer:
         redis: DeploymentHandle[Any] | None = None,
     ) -> None:
         self._model = args.model
+        self._limits = args.limits
+        self._turnstile = Turnstile(args.limits)
+        self._access = Access(args.auth.keys_file)
+        if self._access.is_open and (host := reachable_host()):
+            logger.warning(
+                "kvcache: the Score API listens on %s without keys: whoever reaches it can find out which prompts are "
+                "cached, and read receipts; set auth.keys_file, or http_options.host to 127.0.0.1",
+                host,
+            )
         self._block_index = block_index
         self._indexer = Indexer(RemotePrompts(lambda: prefix_store), RemoteIndex(lambda: block_index), args.strategy)
 
@@ -100,9 +129,33 @@ class Scorer:
     async def score(self, request: Request) -> ScoreAnswer | JSONResponse:
         """Score the pods for the prompt in an OpenAI request body."""
         try:
-            body = msgspec.json.decode(await request.body(), type=dict[str, Any])
+            caller = self._access.caller(request.headers, time.monotonic())
+            self._turnstile.enter(caller.name, time.monotonic())
+        except AccessDenied as error:
+            return _denied(error)
+        except LimitExceeded as error:
+            return _beyond(error)
+        try:
+            return await self._answer(request, caller)
+        finally:
+            self._turnstile.leave()
+
+    async def _answer(self, request: Request, caller: Caller) -> ScoreAnswer | JSONResponse:
+        try:
+            declared = request.headers.get("content-length")
+            body = parse(await read_body(request.stream(), declared, self._limits), self._limits)
+            check_salt(caller, body)
+            check_prompts(body, self._limits)
             extra = _Extra.model_validate({k: body.pop(k) for k in _Extra.model_fields if k in body})
-        except (msgspec.DecodeError, ValidationError, RecursionError) as error:
+            check_ids(extra.pods, self._limits)
+        except AccessDenied as error:
+            return _denied(error)
+        except LimitExceeded as error:
+            return _beyond(error)
+        except PromptError as error:
+            status = _TOO_MUCH.get(error.reason, 400)
+            return _error(status, error.reason if status != 400 else "invalid_request", str(error))
+        except ValidationError as error:
             return _error(400, "invalid_request", str(error))
         strategy = extra.strategy or self._indexer.strategy
         pods = None if extra.pods is None else [PodId(pod) for pod in extra.pods]
@@ -110,7 +163,8 @@ class Scorer:
             found = await self._indexer.find(body, pods, strategy)
             scores, costs = await self._scores(found, strategy)
         except PromptError as error:
-            return _error(503 if error.reason in PromptError.NOT_NOW else 400, error.reason, str(error))
+            status = 503 if error.reason in PromptError.NOT_NOW else _TOO_MUCH.get(error.reason, 400)
+            return _error(status, error.reason, str(error))
         except IndexUnavailable as error:
             return _error(503, "index_unavailable", str(error))
         except (RecursionError, pickle.PicklingError):  # it could be decoded, and not be sent to the next stage
@@ -142,17 +196,31 @@ class Scorer:
         costs: Mapping[PodId, Cost] = await self._block_index.costs.remote(found)
         return {pod: -cost.total_s for pod, cost in costs.items()}, costs
 
-    @app.get("/v1/pods")
-    async def pods(self) -> dict[str, Any]:
+    @app.get("/v1/pods", response_model=None)
+    async def pods(self, request: Request) -> dict[str, Any] | JSONResponse:
         """What the index knows of every pod."""
+        if (refused := self._refused(request)) is not None:
+            return refused
         answer: dict[str, Any] = await self._block_index.describe.remote()
         return {"model": self._model, **answer}
 
-    @app.get("/v1/receipts")
-    async def receipts(self, limit: Annotated[int, Query(ge=1, le=RECEIPTS_MAX)] = 50) -> list[dict[str, Any]]:
+    @app.get("/v1/receipts", response_model=None)
+    async def receipts(
+        self, request: Request, limit: Annotated[int, Query(ge=1, le=RECEIPTS_MAX)] = 50
+    ) -> list[dict[str, Any]] | JSONResponse:
         """The last decisions that are complete, newest first."""
+        if (refused := self._refused(request)) is not None:
+            return refused
         encoded: list[bytes] = await self._block_index.receipts.remote(limit)
         return [msgspec.json.decode(one, type=dict[str, Any]) for one in encoded]
+
+    def _refused(self, request: Request) -> JSONResponse | None:
+        """The answer to who may not see everybody's."""
+        try:
+            check_admin(self._access.caller(request.headers, time.monotonic()))
+        except AccessDenied as error:
+            return _denied(error)
+        return None
 
     @app.get("/health")
     async def health(self) -> dict[str, str]:

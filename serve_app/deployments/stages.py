@@ -11,7 +11,7 @@ from serve_app.errors import PromptError
 from serve_app.indexer import Body
 from serve_app.prompts.service import Tokenize
 from serve_app.prompts.tokenizer import Segment
-from serve_app.types import BlockKeys, EncodedKeys, EngineSpec, PodId, PodMatch
+from serve_app.types import BlockKeys, EncodedKeys, EngineSpec, PodId, PodMatch, TokenizerSource
 
 GetHandle = Callable[[], DeploymentHandle[Any]]
 
@@ -39,7 +39,7 @@ def graph_handle(deployment: str, app: str) -> GetHandle:
 def remote_tokenize(tokenizer: GetHandle) -> Tokenize:
     """The Tokenizer deployment, for a PromptService."""
 
-    async def tokenize(source: str, segments: Sequence[Segment]) -> list[bytes]:
+    async def tokenize(source: TokenizerSource, segments: Sequence[Segment]) -> list[bytes]:
         ids: list[bytes] = await tokenizer().encode_segments.remote(source, segments)
         return ids
 
@@ -74,7 +74,7 @@ class RemoteIndex:
         return self._spec
 
     async def match(
-        self, keys: BlockKeys, pods: Sequence[PodId] | None, *, count_hits: bool
+        self, keys: BlockKeys, pods: Sequence[PodId] | None, *, count_hits: bool, prompt_tokens: int | None = None
     ) -> Mapping[PodId, PodMatch]:
-        answer: Mapping[PodId, PodMatch] = await self._block_index().match.remote(keys, pods, count_hits)
+        answer: Mapping[PodId, PodMatch] = await self._block_index().match.remote(keys, pods, count_hits, prompt_tokens)
         return answer

@@ -1,4 +1,4 @@
-"""Addresses of engines' sockets: whether one can be connected to, and what to say when nobody is there."""
+"""Addresses of engines' sockets: those of ranks, whether one can be connected to, what to say when nobody is there."""
 
 from __future__ import annotations
 
@@ -31,6 +31,28 @@ def check_endpoint(endpoint: str, option: str, wanted: str = _WANTED) -> None:
         ) from error
     finally:
         socket.close(linger=0)
+
+
+def endpoint_of_rank(endpoint: str, rank: int) -> str:
+    """Where a data parallel rank publishes, by vLLM's rule (distributed/kv_events.py, `offset_endpoint_port`).
+
+        tcp://host:5557, rank 2  ->  tcp://host:5559
+
+    Args:
+        endpoint: as `--kv-events-config` has it, so rank 0's.
+        rank: from 0.
+
+    Raises:
+        ConfigError: vLLM gives a rank above 0 no socket there.
+    """
+    if rank == 0:
+        return endpoint
+    host, _, port = endpoint.rpartition(":")
+    if not (endpoint.startswith("tcp://") and port.isdecimal()):
+        raise ConfigError(
+            f"data parallel ranks publish on tcp://HOST:PORT only, rank n on port + n; not on {endpoint!r}"
+        )
+    return f"{host}:{int(port) + rank}"
 
 
 class SilenceWatch:

@@ -22,15 +22,16 @@ import logging
 import os
 import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import msgspec
 import zmq
 from zmq.utils.monitor import recv_monitor_message
 
+from serve_app.decoding import decoder
 from serve_app.errors import StoreError, WireError
 from serve_app.events.source import Received, drop_unread
-from serve_app.events.wire import Batch, BlockRemoved, BlockStored, Event
+from serve_app.events.wire import Batch, BlockRemoved, BlockStored, Event, TokenId
 from serve_app.types import EngineHash
 
 logger = logging.getLogger(__name__)
@@ -51,7 +52,7 @@ class _Record(msgspec.Struct, gc=False):
     block_hashes: list[bytes]
     medium: str = "CPU"  # and "@" and the request's cache_salt, if it has one: lmcache_module.py
     parent_block_hash: bytes | None = None
-    token_ids: list[int] = []
+    token_ids: list[TokenId] = []
 
 
 class _Header(msgspec.Struct, gc=False):
@@ -62,13 +63,14 @@ class _Header(msgspec.Struct, gc=False):
 
 
 class _Body(msgspec.Struct, gc=False):
-    events: list[_Record]
+    events: list[msgspec.Raw]
 
 
 _encode = msgspec.msgpack.encode
-_decode_uid = msgspec.msgpack.Decoder(int).decode
-_decode_header = msgspec.msgpack.Decoder(_Header).decode
-_decode_body = msgspec.msgpack.Decoder(_Body).decode
+_decode_uid: Callable[[bytes], int] = decoder(int)
+_decode_header: Callable[[bytes], _Header] = decoder(_Header)
+_decode_body: Callable[[bytes], _Body] = decoder(_Body)
+_decode_record: Callable[[bytes], _Record] = decoder(_Record)
 
 
 class LMCacheSource:
@@ -184,7 +186,12 @@ def decode_records(payload: bytes, chunk_size: int) -> Batch:
         raise WireError(f"not a batch of LMCache's stream: {error}") from error
     events: list[Event] = []
     skipped: Counter[str] = Counter()
-    for record in body.events:
+    for raw in body.events:
+        try:
+            record = _decode_record(raw)
+        except msgspec.DecodeError:
+            skipped["malformed"] += 1
+            continue
         salt = record.medium.partition("@")[2]
         suffix = salt.encode()  # LMCache's hash is the same whatever the salt
         names: list[EngineHash] = [chunk_hash + suffix for chunk_hash in record.block_hashes]

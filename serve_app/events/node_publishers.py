@@ -22,7 +22,7 @@ from dataclasses import dataclass
 import msgspec
 
 from serve_app.events.publisher import LMCacheStream, PublisherConfig
-from serve_app.events.restarts import Backoff
+from serve_app.supervision import Backoff
 from serve_app.types import DomainId, ModelId
 
 logger = logging.getLogger("ray.serve")

@@ -16,7 +16,7 @@ import logging
 import os
 import time
 from collections import Counter, deque
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from typing import Protocol
 
@@ -24,15 +24,20 @@ import msgspec
 import zmq
 
 from serve_app.errors import DomainTaken, StoreError, WireError
+from serve_app.events.changes import Added, Change, Cleared, Removed
 from serve_app.events.endpoint import SilenceWatch
-from serve_app.events.engine_blocks import Added, Change, Cleared, EngineBlocks, Removed
+from serve_app.events.engine_blocks import EngineBlocks
+from serve_app.events.engine_groups import EngineGroup, EngineLayout, GroupError, engine_layout, groups_of, plain_layout
+from serve_app.events.engine_hash import EngineHasher
 from serve_app.events.lmcache_source import LMCacheSource, decode_records
+from serve_app.events.self_check import SelfCheck
 from serve_app.events.source import EventSource, Received
-from serve_app.events.wire import AllBlocksCleared, BlockStored, Event, decode_batch
+from serve_app.events.wire import AllBlocksCleared, Event, decode_batch
 from serve_app.index.faults import FaultLog
 from serve_app.index.keyspace import HeartbeatRecord
 from serve_app.index.redis_writer import LEASE_TTL_S, RedisWriter
-from serve_app.types import CPU, Domain, DomainId, EngineSpec, Epoch, ModelId, PodId, Served
+from serve_app.supervision import Backoff
+from serve_app.types import CPU, GPU, Domain, DomainId, EngineSpec, Epoch, ModelId, PodId, Served
 
 logger = logging.getLogger(__name__)
 
@@ -42,6 +47,7 @@ RETRY_S = 0.5
 STAND_BY_S = LEASE_TTL_S  # while another publisher has our domain: by then it has renewed the lease, or it is gone
 RETRY_REFUSED_MAX_S = 8.0  # while Redis answers and refuses, every attempt sends the whole set: then ever less often
 _POLL_MS = 50
+_EVENTS_LOST = "events of the engine were lost; right again when as many blocks as it has were stored since"
 _BATCHES_PER_FLUSH = 2000
 SERVED_MAX = 1000  # requests whose figures wait for Redis; older ones are dropped: they are statistics
 
@@ -64,12 +70,25 @@ class PublisherConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     topic: str = ""
     block_size: int = 0
     capacity: int = 0  # blocks of the engine's GPU cache; 0: unknown, and lost events are never made up for
+    groups: tuple[EngineGroup, ...] = ()  # the engine's KV cache groups, in its order; empty: its events tell
+    eagle: bool = False  # without `groups`: the engine speculates with EAGLE or MTP, which events do not tell
+    alignment: int = 0  # tokens that a hit's length is a multiple of; 0: as vLLM works it out from the groups
+    hash_algorithm: str = "sha256"  # vLLM's --prefix-caching-hash-algo
+    hash_seed: str | None = None  # PYTHONHASHSEED of the engine's process
+    offload_chunk_blocks: int = 1  # blocks that the engine's native offload stores as one
     tokenizer: str = ""  # path or Hugging Face id; empty: the model's name
     chat_template: str | None = None
     content_format: str = "auto"
     template_kwargs: str = ""  # JSON
     served_names: tuple[str, ...] = ()  # more names of the base model; any other name is a LoRA adapter's
+    pooling: bool = False
+    excludes_tools: bool = False
+    revision: str = ""
+    tokenizer_mode: str = "auto"
+    identity: tuple[tuple[str, str], ...] = ()  # what the engine makes prompts with; empty: nobody has asked it
     address: str = ""
+    rank: int | None = None  # data parallel rank of the engine; None: it has no ranks
+    replica: str = ""  # with a rank: where requests for it are sent; `pod` is a name of its own, or the same
     lease_ttl_s: float = LEASE_TTL_S
     attached: tuple[str, ...] = ()  # shared domains that the engine loads from
     lmcache: LMCacheStream | None = None  # `endpoint` is an LMCache server, `pod` the name of its domain
@@ -84,6 +103,7 @@ class Feed(msgspec.Struct, frozen=True):
 
     in_flight: int  # requests that it has now
     served: list[Served] = []  # requests that have ended since the line before
+    usage: float = 0.0  # part of the GPU cache's blocks that requests hold, as vLLM counts; 0: nothing is compared
 
 
 class StopSignal(Protocol):
@@ -112,7 +132,12 @@ class Publisher:
             else EventSource(config.endpoint, config.replay_endpoint, config.topic)
         )
         self._writer = RedisWriter(config.redis_url, ModelId(config.model), lease_ttl_s=config.lease_ttl_s)
-        self._blocks = self._new_blocks(config.block_size) if config.block_size else None
+        self._hasher = EngineHasher(config.hash_algorithm, config.hash_seed)
+        self._blocks: EngineBlocks | None = None
+        self._self_check: SelfCheck | None = None
+        self._usage = 0.0
+        self._groups_known = False  # otherwise the first events tell which KV cache groups the engine has
+        self._refused = ""  # why nothing of the engine can be indexed
         self._domain: Domain | None = None  # as it is in Redis; None: join (again)
         self._last_epoch = 0
         self._in_flight: int | None = None
@@ -122,7 +147,8 @@ class Publisher:
         self._applied = self._lost = self._joins = 0
         self._lost_in_life = False  # of the engine
         self._skipped: Counter[str] = Counter()
-        self._retry_s = RETRY_S
+        self._begin_life()
+        self._retry = Backoff(RETRY_S, RETRY_REFUSED_MAX_S)
         self._standing_by = False
         self._faults = FaultLog(logger, "publishing everything again when it does as it is asked")
         self._silence = _silence_watch(config)
@@ -163,8 +189,9 @@ class Publisher:
         except StoreError as error:
             self._faults.failed(error)
             self._domain = None
-            self._retry_at_s = time.monotonic() + self._retry_s
-            self._retry_s = min(2 * self._retry_s, RETRY_REFUSED_MAX_S) if error.refused else RETRY_S
+            if not error.refused:
+                self._retry.reset()
+            self._retry_at_s = time.monotonic() + self._retry.after()
         return True
 
     def _stand_by(self, error: DomainTaken) -> None:
@@ -178,7 +205,7 @@ class Publisher:
         for received in batches:
             if received.restarted:
                 logger.info("the engine has restarted: its old blocks are void")
-                self._forget_blocks()
+                self._begin_life()
                 self._domain = None
             if received.lost:
                 self._lost += received.lost
@@ -188,6 +215,7 @@ class Publisher:
                     self._blocks.doubt()
             if received.payload is not None:
                 self._apply(received.payload)
+        self._check_itself()
         self._publish_doubt()
 
     def _apply(self, payload: bytes) -> None:
@@ -203,38 +231,84 @@ class Publisher:
             return
         self._skipped.update(batch.skipped)
         self._applied += len(batch.events)
-        if self._blocks is None:
-            size = next((e.block_size for e in batch.events if isinstance(e, BlockStored) and _is_gpu(e)), 0)
-            if not size:
-                return
-            self._blocks = self._new_blocks(size)
-            if self._lost_in_life:
-                self._blocks.doubt()
+        if not self._groups_known:
+            self._learn_groups(batch.events)
+        if self._blocks is None or self._refused:
+            return
         own = [event for event in batch.events if _is_gpu(event)] if self._config.attached else batch.events
         changes = self._blocks.apply(own)
         if self._domain is not None:
             self._publish(self._domain, changes)
 
-    def _forget_blocks(self) -> None:
-        """The engine holds nothing of its former life; it may even have come back with another block size."""
+    def _begin_life(self) -> None:
+        """The engine holds nothing of its former life; it may even have come back with other KV cache groups."""
+        config, before = self._config, self._blocks
+        if before is not None:
+            self._skipped.update(before.skipped)
+        self._blocks = None
         self._lost_in_life = False
-        if self._blocks is not None and self._config.block_size:
-            self._blocks.clear()
-        elif self._blocks is not None:
-            self._skipped.update(self._blocks.skipped)
-            self._blocks = None
+        self._refused = ""
+        self._groups_known = bool(config.groups) or config.lmcache is not None
+        if config.groups:
+            self._follow_groups(config.groups)
+        elif config.block_size:  # join at once, with what most engines are
+            self._blocks = self._new_blocks(plain_layout(config.block_size))
 
-    def _new_blocks(self, block_size: int) -> EngineBlocks:
+    def _learn_groups(self, events: Sequence[Event]) -> None:
+        """What the first events tell of the engine's KV cache groups."""
+        groups = groups_of(event for event in events if _is_gpu(event))
+        if not groups:
+            return
+        self._groups_known = True
+        groups = [msgspec.structs.replace(group, eagle=self._config.eagle) for group in groups]
+        self._follow_groups(groups)
+
+    def _follow_groups(self, groups: Sequence[EngineGroup]) -> None:
         config = self._config
-        return EngineBlocks(ModelId(config.model), block_size, config.capacity, counted=config.lmcache is None)
+        try:
+            layout = engine_layout(groups, config.block_size, config.alignment)
+        except GroupError as error:
+            logger.error("nothing of this engine can be indexed: %s", error)
+            self._skipped[error.reason] += 1
+            self._refused = str(error)
+            layout = plain_layout(config.block_size or max(1, groups[0].block_size))
+        if self._blocks is not None and self._blocks.groups == layout and not self._refused:
+            return
+        self._blocks = self._new_blocks(layout)
+        self._blocks.unsure = self._refused
+        if self._refused:
+            self._blocks.unindexed[GPU] = self._refused
+        if self._lost_in_life:
+            self._blocks.doubt()
+        self._domain = None  # join with it
+        logger.info("KV cache groups: %s", layout.layout)
+
+    def _new_blocks(self, groups: EngineLayout) -> EngineBlocks:
+        config = self._config
+        self._self_check = SelfCheck(groups, config.capacity)
+        return EngineBlocks(
+            ModelId(config.model),
+            groups.block_size,
+            config.capacity,
+            counted=config.lmcache is None,
+            groups=groups,
+            hasher=self._hasher,
+            chunk_blocks=config.offload_chunk_blocks,
+        )
 
     def _publish_doubt(self) -> None:
-        """Say in the domain's record whether events of the engine are missing, when that changes."""
+        """Say in the domain's record whether the set may be wrong, and which tiers it lacks, when that changes."""
         blocks, domain = self._blocks, self._domain
-        if blocks is not None and domain is not None and blocks.degraded != domain.degraded:
-            self._domain = replace(domain, degraded=blocks.degraded)
+        if blocks is None or domain is None:
+            return
+        if blocks.degraded != domain.degraded or self._unindexed() != domain.unindexed:
+            if blocks.degraded != domain.degraded:
+                why = self._doubt(blocks)
+                logger.warning("the index %s", f"may be wrong: {why}" if why else "is exact again")
+            self._domain = replace(
+                domain, degraded=blocks.degraded, unindexed=self._unindexed(), doubt=self._doubt(blocks)
+            )
             self._writer.join(self._domain)
-            logger.warning("the index %s", "lacks lost events" if blocks.degraded else "is exact again")
 
     def _publish(self, domain: Domain, changes: Iterable[Change]) -> None:
         for change in changes:
@@ -251,7 +325,7 @@ class Publisher:
         if self._blocks is None or not self._source.caught_up or now_s < self._retry_at_s:
             return
         config = self._config
-        self._last_epoch = max(time.time_ns() // 1_000_000, self._last_epoch + 1)
+        self._last_epoch = self._writer.next_epoch(config.domain[0], self._last_epoch)
         spec = EngineSpec(
             ModelId(config.model),
             self._blocks.block_size,
@@ -260,6 +334,11 @@ class Publisher:
             config.content_format,
             config.template_kwargs,
             config.served_names,
+            config.pooling,
+            config.excludes_tools,
+            config.revision,
+            config.tokenizer_mode,
+            config.identity,
         )
         domain_id, pod = config.domain
         domain = Domain(
@@ -270,7 +349,13 @@ class Publisher:
             config.address,
             self._blocks.degraded,
             attached=tuple(DomainId(domain) for domain in config.attached),
-            chunk_size=config.lmcache.chunk_size if config.lmcache else 0,
+            chunk_size=config.lmcache.chunk_size if config.lmcache else self._offloaded_chunk_tokens(),
+            layout=None if self._blocks.groups.is_plain else self._blocks.groups.layout,
+            capacity=config.capacity,
+            rank=config.rank,
+            replica=config.replica,
+            unindexed=self._unindexed(),
+            doubt=self._doubt(self._blocks),
         )
         self._writer.join(domain)
         for tier, keys in self._blocks.snapshot().items():
@@ -280,10 +365,40 @@ class Publisher:
         self._joins += 1
         self._heartbeat_at_s = 0.0
         self._beat(now_s)
-        self._retry_s = RETRY_S
+        self._retry.reset()
         self._standing_by = False
         self._faults.healed()
         logger.info("joined %s as %s with %d blocks", config.model, config.pod, len(self._blocks))
+
+    def _check_itself(self) -> None:
+        """What is believed of the engine must be possible. After lost events it is known not to be right already."""
+        blocks, check = self._blocks, self._self_check
+        if blocks is None or check is None or self._lost_in_life or blocks.unsure:
+            return
+        if why := check.capacity(blocks.copies):
+            self._skipped["over_capacity"] += 1
+        elif self._in_flight and self._usage:
+            in_use = round(self._usage * (self._config.capacity - 1))  # vLLM leaves its null block out
+            if why := check.in_use(blocks.copies, in_use, self._in_flight, time.monotonic()):
+                self._skipped["not_heard"] += 1
+        blocks.unsure = why
+
+    def _unindexed(self) -> dict[str, str]:
+        """Tiers that the engine uses and the index does not know."""
+        assert self._blocks is not None
+        if self._config.attached and not self._blocks.groups.is_plain:
+            return {"lmcache": "not followed for engines with several KV cache groups", **self._blocks.unindexed}
+        return dict(self._blocks.unindexed)
+
+    @staticmethod
+    def _doubt(blocks: EngineBlocks) -> str:
+        """Why the set may be wrong; empty: it is right."""
+        return blocks.unsure or (_EVENTS_LOST if blocks.degraded else "")
+
+    def _offloaded_chunk_tokens(self) -> int:
+        assert self._blocks is not None
+        chunk = self._config.offload_chunk_blocks
+        return chunk * self._blocks.block_size if chunk > 1 else 0
 
     def _beat(self, now_s: float) -> None:
         if self._domain is None or now_s < self._heartbeat_at_s:
@@ -325,6 +440,7 @@ class Publisher:
         for line in lines:
             feed = _decode_feed(line)
             self._in_flight = feed.in_flight
+            self._usage = feed.usage
             self._served.extend(feed.served)
         return bool(data)
 

@@ -27,6 +27,7 @@ from zmq.utils.monitor import recv_monitor_message
 logger = logging.getLogger(__name__)
 
 _END = -1
+_SEQ_BYTES = 8
 _RECEIVE_BUFFER = 100_000  # batches that wait while Redis is slow; what is dropped beyond is replayed
 REPLAY_TIMEOUT_S = 2.0
 IDLE_CHECK_S = 1.0  # without a batch for so long, the engine is asked whether the last ones were dropped
@@ -76,6 +77,10 @@ class EventSource:
         self.socket.subscribe(topic)
         self.monitor = self.socket.get_monitor_socket(zmq.EVENT_CONNECTED | zmq.EVENT_DISCONNECTED)
         self.socket.connect(endpoint)
+        if endpoint.startswith("tcp://") and not endpoint.startswith(
+            ("tcp://127.", "tcp://localhost:", "tcp://[::1]:")
+        ):
+            logger.warning("events from %s are not authenticated: ipc:// on one node, or a private network", endpoint)
 
     def close(self) -> None:
         self.socket.disable_monitor()
@@ -98,6 +103,9 @@ class EventSource:
                 return
             except ValueError:
                 logger.warning("an event message that does not have three frames was skipped")
+                continue
+            if len(raw_seq) != _SEQ_BYTES or raw_seq[0] & 0x80:  # more than an engine can ever count to
+                logger.warning("an event message whose sequence number cannot be one was skipped")
                 continue
             self._check_at_s = time.monotonic() + IDLE_CHECK_S
             yield from self._in_order(int.from_bytes(raw_seq, "big"), payload)
@@ -176,6 +184,8 @@ class EventSource:
             socket.send_multipart((b"", start.to_bytes(8, "big")))
             while socket.poll(int(timeout_s * 1000)):
                 *_, raw_seq, payload = socket.recv_multipart()  # at least these two, by our own request
+                if len(raw_seq) != _SEQ_BYTES:
+                    continue
                 seq = int.from_bytes(raw_seq, "big", signed=True)
                 yield seq, payload
                 if seq == _END:

@@ -12,7 +12,12 @@ class IndexReader(Protocol):
     """Answers which pod holds how much of a prompt."""
 
     def match(
-        self, keys: BlockKeys, pods: Iterable[PodId] | None = None, *, count_hits: bool = False
+        self,
+        keys: BlockKeys,
+        pods: Iterable[PodId] | None = None,
+        *,
+        count_hits: bool = False,
+        prompt_tokens: int | None = None,
     ) -> Mapping[PodId, PodMatch]:
         """The match of every live pod (or of the given ones), also of those that hold nothing.
 
@@ -20,6 +25,9 @@ class IndexReader(Protocol):
             keys: canonical keys of the prompt's full blocks, in order.
             pods: pods to answer for; None means all that are live. An unknown pod matches nothing.
             count_hits: also count blocks that are held beyond the first gap (`PodMatch.hit_blocks`); costs a pass.
+            prompt_tokens: length of the whole prompt; None: it goes on behind the keys. An engine with several KV cache
+                groups takes the longest prefix that ends before the prompt's last token, which may be no part of a
+                longer one. Of others the whole of what they hold is told (accounting.py has what they take).
         """
         ...
 

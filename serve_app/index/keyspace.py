@@ -9,16 +9,48 @@
     kv:{m}:receipts                         stream  one receipt per entry (JSON), under the field `r`, the last thousand
 
 `{m}` is a hash tag: all keys of a model are in one slot of a Redis Cluster, so transactions work there.
-Records are msgpack arrays; fields are only ever added at the end, with defaults.
+Records are msgpack arrays; fields are only ever added at the end, with defaults. A change that a reader must not
+overlook raises the record's version: who reads a higher one than it knows leaves the domain out.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import msgspec
 
-from serve_app.types import Domain, DomainId, EngineSpec, Epoch, ModelId, PodId, Served, Tier
+from serve_app.blocks import KEY_BYTES
+from serve_app.decoding import decoder
+from serve_app.errors import RecordNotUnderstood
+from serve_app.types import (
+    Attention,
+    CacheLayout,
+    Domain,
+    DomainId,
+    EngineSpec,
+    Epoch,
+    KVGroup,
+    ModelId,
+    PodId,
+    Served,
+    Tier,
+)
 
 LOG_FIELD = b"r"
+TEXT_MAX_CHARS = 1024  # of a name or a reason in a log entry
+_NUMBER_MAX = 2**53
+_SECONDS_MAX = 1e9
+PLAIN_VERSION = 1  # of a domain whose blocks are those of one group of full attention
+RECORD_VERSION = 2  # with KV cache groups: their blocks are in tiers of their own
+
+
+class GroupRecord(msgspec.Struct, array_like=True, frozen=True):
+    """See KVGroup."""
+
+    kind: str
+    block_size: int
+    window: int = 0
+    eagle: bool = False
 
 
 class DomainRecord(msgspec.Struct, array_like=True, frozen=True):
@@ -36,10 +68,23 @@ class DomainRecord(msgspec.Struct, array_like=True, frozen=True):
     served_names: tuple[str, ...] = ()
     attached: tuple[str, ...] = ()
     chunk_size: int = 0
+    version: int = PLAIN_VERSION
+    groups: tuple[GroupRecord, ...] = ()  # empty: plain
+    alignment: int = 0  # tokens; with groups
+    capacity: int = 0
+    rank: int | None = None
+    replica: str = ""
+    unindexed: dict[str, str] = {}
+    pooling: bool = False
+    excludes_tools: bool = False
+    doubt: str = ""
+    revision: str = ""
+    tokenizer_mode: str = "auto"
+    identity: tuple[tuple[str, str], ...] = ()
 
     @classmethod
     def of(cls, domain: Domain, tiers: tuple[str, ...] = ()) -> DomainRecord:
-        spec = domain.spec
+        spec, layout = domain.spec, domain.layout
         return cls(
             domain.epoch,
             domain.pod,
@@ -55,9 +100,29 @@ class DomainRecord(msgspec.Struct, array_like=True, frozen=True):
             spec.served_names,
             domain.attached,
             domain.chunk_size,
+            PLAIN_VERSION if layout is None else RECORD_VERSION,
+            ()
+            if layout is None
+            else tuple(GroupRecord(g.kind, g.block_size, g.window, g.eagle) for g in layout.groups),
+            0 if layout is None else layout.alignment,
+            domain.capacity,
+            domain.rank,
+            domain.replica,
+            dict(domain.unindexed),
+            spec.pooling,
+            spec.excludes_tools,
+            domain.doubt,
+            spec.revision,
+            spec.tokenizer_mode,
+            spec.identity,
         )
 
     def domain(self, domain_id: DomainId) -> Domain:
+        """What the record says.
+
+        Raises:
+            RecordNotUnderstood: it says what this version of the package does not know, or what cannot be.
+        """
         return Domain(
             id=domain_id,
             epoch=Epoch(self.epoch),
@@ -69,13 +134,51 @@ class DomainRecord(msgspec.Struct, array_like=True, frozen=True):
                 self.content_format,
                 self.template_kwargs,
                 self.served_names,
+                self.pooling,
+                self.excludes_tools,
+                self.revision,
+                self.tokenizer_mode,
+                self.identity,
             ),
             pod=None if self.pod is None else PodId(self.pod),
             address=self.address,
             degraded=self.degraded,
             attached=tuple(DomainId(domain) for domain in self.attached),
             chunk_size=self.chunk_size,
+            layout=self._layout(),
+            capacity=self.capacity,
+            rank=self.rank,
+            replica=self.replica,
+            unindexed=self.unindexed,
+            doubt=self.doubt,
         )
+
+    def _layout(self) -> CacheLayout | None:
+        if self.version > RECORD_VERSION:
+            raise RecordNotUnderstood("version", f"record version {self.version}; known up to {RECORD_VERSION}")
+        if self.block_size <= 0:
+            raise RecordNotUnderstood("block_size", f"block size {self.block_size}")
+        if not self.groups:
+            return None
+        for group in self.groups:
+            if group.kind not in _KINDS:
+                raise RecordNotUnderstood("group_kind", f"KV cache group of kind {group.kind!r}")
+            if group.block_size <= 0 or group.block_size % self.block_size:
+                raise RecordNotUnderstood(
+                    "group_block_size", f"KV cache group with blocks of {group.block_size} tokens"
+                )
+            if group.window < 0 or (group.window == 0 and group.kind in _WITH_WINDOW):
+                raise RecordNotUnderstood(
+                    "group_window", f"KV cache group {group.kind} with a window of {group.window}"
+                )
+        if self.alignment <= 0 or self.alignment % self.block_size:
+            raise RecordNotUnderstood("alignment", f"hits aligned to {self.alignment} tokens")
+        groups = tuple(KVGroup(Attention(g.kind), g.block_size, g.window, g.eagle) for g in self.groups)
+        return CacheLayout(groups, self.alignment)
+
+
+_KINDS = frozenset(map(str, Attention))
+_WITH_WINDOW = frozenset({Attention.SLIDING_WINDOW, Attention.CHUNKED_LOCAL})
 
 
 class HeartbeatRecord(msgspec.Struct, array_like=True, frozen=True):
@@ -92,7 +195,7 @@ class HeartbeatRecord(msgspec.Struct, array_like=True, frozen=True):
 
 
 class LogRecord(msgspec.Struct, array_like=True, frozen=True):
-    """One change. `op` is join | add | remove | clear | leave; or load | route, which are no state of a domain.
+    """One change. `op` is join | add | remove | clear | leave; or load | route | verdict, which are no domain's state.
 
     A join of the current epoch renews the domain's record.
     """
@@ -109,6 +212,7 @@ class LogRecord(msgspec.Struct, array_like=True, frozen=True):
     router: str = ""  # with `route`: who routed; `domain` is the pod, `keys` are blocks that it did not hold
     tokens: int = 0  # with `route`: prefill that it has to do
     unused_blocks: int = 0  # with `load`: blocks of the GPU cache that hold nothing; 0 also if that is not known
+    cause: str = ""  # with `verdict`: why a router does not believe what it knows of the domain; renewed every second
 
 
 class SeqRecord(msgspec.Struct, array_like=True, frozen=True):
@@ -116,6 +220,28 @@ class SeqRecord(msgspec.Struct, array_like=True, frozen=True):
 
     epoch: int
     seq: int
+
+
+def decode_log(entry: bytes) -> LogRecord:
+    """An entry of the log.
+
+    Raises:
+        msgspec.DecodeError: it is none, or says what cannot be.
+    """
+    record = _decode_log(entry)
+    if len(record.keys) % KEY_BYTES:
+        raise msgspec.ValidationError(f"{len(record.keys)} bytes are no block keys")
+    numbers = (record.epoch, record.seq, record.in_flight, record.tokens, record.unused_blocks)
+    if not all(0 <= number < _NUMBER_MAX for number in numbers):
+        raise msgspec.ValidationError("a number is out of range")
+    if max(map(len, (record.op, record.domain, record.tier, record.router, record.cause))) > TEXT_MAX_CHARS:
+        raise msgspec.ValidationError(f"a text is longer than {TEXT_MAX_CHARS} characters")
+    for one in record.served:
+        if not (0 <= one.cached_tokens <= one.prompt_tokens < _NUMBER_MAX and 0 <= one.queued_s < _SECONDS_MAX):
+            raise msgspec.ValidationError("a served request's figures cannot be")
+        if not 0 <= one.prefill_s < _SECONDS_MAX or len(one.request_id) > TEXT_MAX_CHARS:
+            raise msgspec.ValidationError("a served request's figures cannot be")
+    return record
 
 
 class Keyspace:
@@ -137,7 +263,7 @@ class Keyspace:
 
 
 encode = msgspec.msgpack.encode
-decode_domain = msgspec.msgpack.Decoder(DomainRecord).decode
-decode_heartbeat = msgspec.msgpack.Decoder(HeartbeatRecord).decode
-decode_seq = msgspec.msgpack.Decoder(SeqRecord).decode
-decode_log = msgspec.msgpack.Decoder(LogRecord).decode
+decode_domain: Callable[[bytes], DomainRecord] = decoder(DomainRecord)
+decode_heartbeat: Callable[[bytes], HeartbeatRecord] = decoder(HeartbeatRecord)
+decode_seq: Callable[[bytes], SeqRecord] = decoder(SeqRecord)
+_decode_log: Callable[[bytes], LogRecord] = decoder(LogRecord)

@@ -13,26 +13,48 @@ behind its own blocks. So a pod's match is the longer one of the two, never one 
 
     chunks of 2 blocks; the pod has k0 in GPU; the server has k0 k1 k2 (k3 is not of this prompt) -> gpu 1, lmcache 1
 
+A pod whose engine has several KV cache groups (`Domain.layout`) has the blocks of the first in the tier's table, those
+of the others in tables of their own (`gpu/1`); hits.py says how much of a prompt they agree on.
+
 Readers need no lock: they take `_live` and `_tiers` once, both of which are replaced and never changed in place.
 Writers must be one thread.
 """
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from operator import itemgetter
 from typing import NamedTuple
 
 import numpy as np
+import numpy.typing as npt
 
-from serve_app.index.table import BlockTable
-from serve_app.types import GPU, BlockKeys, Domain, DomainId, EngineSpec, Epoch, PodId, PodMatch, Tier, Trust
+from serve_app.blocks import KEY_BYTES
+from serve_app.index.hits import HitRules
+from serve_app.index.table import BlockTable, Words
+from serve_app.prompts.identity import differing
+from serve_app.types import (
+    GPU,
+    BlockKeys,
+    CacheLayout,
+    Domain,
+    DomainId,
+    EngineSpec,
+    Epoch,
+    PodId,
+    PodMatch,
+    Tier,
+    Trust,
+    group_tier,
+)
 
 DEFAULT_MAX_BLOCKS = 20_000_000  # some 50 bytes each (benchmarks/bench_read_path.py)
 _EVICT_SHARE = 64  # evict 1/64 at a time: finding the oldest costs a pass over all
 _WORD_BITS = 64
 _WORD = (1 << _WORD_BITS) - 1
+TIERS_MAX = 64  # names come from publishers; of a hybrid engine, each KV cache group has one
 _NO_MATCH = PodMatch()
 
 
@@ -42,12 +64,13 @@ class _Member:
     bit: int  # position in the masks
     live: bool = True  # its lease is held
     late: bool = False  # its heartbeat is overdue
+    cause: str = ""  # why routers do not believe what is known of it
 
     @property
     def trust(self) -> Trust:
         if self.late or not self.live:
             return Trust.STALE
-        return Trust.DEGRADED if self.domain.degraded else Trust.EXACT
+        return Trust.DEGRADED if self.domain.degraded or self.cause else Trust.EXACT
 
 
 class _Group(NamedTuple):
@@ -70,25 +93,33 @@ class _Live:
         "block_size",
         "chunk_of",
         "distrusted",
+        "layouts",
         "mask",
         "no_match",
         "pod_of",
         "shared",
         "spec",
         "trust_of",
+        "unlike",
     )
 
     def __init__(self, members: Iterable[_Member]) -> None:
         live = [member for member in members if member.live]
         # While a deployment is replaced by one with larger blocks there are two sizes. The first pod's counts: keys of
         # the other size match nothing.
-        self.spec = next((member.domain.spec for member in live if member.domain.pod is not None), None)
+        self.spec = _common_spec([member.domain.spec for member in live if member.domain.pod is not None])
         self.block_size = self.spec.block_size if self.spec is not None else 0
         self.bit_of = {member.domain.pod: 1 << member.bit for member in live if member.domain.pod is not None}
         self.trust_of = {member.domain.pod: member.trust for member in live if member.domain.pod is not None}
+        self.unlike = 0  # pods that make prompts in another way: the keys of ours say nothing of them
+        for member in live:
+            if member.domain.pod is not None and not self._is_alike(member):
+                self.unlike |= 1 << member.bit
+                self.trust_of[member.domain.pod] = Trust.DEGRADED
         self.distrusted = {pod: trust for pod, trust in self.trust_of.items() if trust is not Trust.EXACT}
         self.pod_of = {bit: pod for pod, bit in self.bit_of.items()}
         self.mask = sum(self.pod_of)
+        self.layouts = _Layouts(live, self.block_size)
         self.no_match = dict.fromkeys(self.bit_of, _NO_MATCH)
         shared = {member.domain.id: member for member in live if member.domain.pod is None}
         self.attached = {  # pod's bit -> bits of what it can load from
@@ -103,6 +134,32 @@ class _Live:
             1 << member.bit: max(1, member.domain.chunk_size // member.domain.spec.block_size)
             for member in shared.values()
         }
+
+    def _is_alike(self, member: _Member) -> bool:
+        return self.spec is None or self.spec.makes_prompts_as(member.domain.spec)
+
+
+def _common_spec(specs: Sequence[EngineSpec]) -> EngineSpec | None:
+    """That of the pods; where they make prompts in several ways, of most of them, and of equals the first."""
+    said = Counter(spec.identity for spec in specs if spec.identity)
+    most = max(said.values(), default=0)
+    return next((spec for spec in specs if said.get(spec.identity, 0) == most), None)
+
+
+class _Layouts:
+    """Pods whose blocks are in several KV cache groups, by what they have in common."""
+
+    def __init__(self, live: Iterable[_Member], block_size: int) -> None:
+        self.mask = 0  # of all of them
+        self.of: dict[tuple[CacheLayout, int], tuple[HitRules, int]] = {}  # layout, offloaded chunk -> rules, mask
+        for member in live:
+            domain = member.domain
+            if domain.layout is None or domain.pod is None or domain.spec.block_size != block_size:
+                continue
+            key = domain.layout, max(1, domain.chunk_size // block_size)
+            rules, mask = self.of.get(key) or (HitRules(domain.layout, block_size), 0)
+            self.of[key] = rules, mask | 1 << member.bit
+            self.mask |= 1 << member.bit
 
 
 class MemoryIndex:
@@ -142,6 +199,8 @@ class MemoryIndex:
             return
         table = self._tiers.get(tier)
         if table is None:
+            if len(self._tiers) >= TIERS_MAX:
+                return
             table = BlockTable()
             self._tiers = self._in_order({**self._tiers, tier: table})
         table.add(keys, member.bit)
@@ -171,10 +230,22 @@ class MemoryIndex:
             member.live, member.late = live, late
             self._refresh()
 
+    def distrust(self, domain: DomainId, epoch: Epoch, cause: str) -> None:
+        """Its predictions do not hold, for this cause; empty: they do. Of another epoch it says nothing."""
+        member = self._current(domain, epoch)
+        if member is not None and member.cause != cause:
+            member.cause = cause
+            self._refresh()
+
     # -- reader ---------------------------------------------------------------------------------------------------
 
     def match(
-        self, keys: BlockKeys, pods: Iterable[PodId] | None = None, *, count_hits: bool = False
+        self,
+        keys: BlockKeys,
+        pods: Iterable[PodId] | None = None,
+        *,
+        count_hits: bool = False,
+        prompt_tokens: int | None = None,
     ) -> dict[PodId, PodMatch]:
         live = self._live
         if pods is None:
@@ -183,8 +254,14 @@ class MemoryIndex:
             found, wanted = dict.fromkeys(pods, _NO_MATCH), 0
             for pod in found:
                 wanted |= live.bit_of.get(pod, 0)
+        wanted &= ~live.unlike
         if not wanted:
             return found
+        if grouped := wanted & live.layouts.mask:
+            self._match_layouts(found, keys, grouped, live, prompt_tokens)
+            wanted ^= grouped
+            if not wanted:
+                return found
         block_size = live.block_size
         tables = self._tiers
         shared = live.shared
@@ -209,6 +286,39 @@ class MemoryIndex:
                     found[live.pod_of[bit]] = match
         return found
 
+    def _match_layouts(
+        self, found: dict[PodId, PodMatch], keys: BlockKeys, wanted: int, live: _Live, prompt_tokens: int | None
+    ) -> None:
+        """Matches of pods with several KV cache groups: what all of these agree on, tier by tier."""
+        tables, size = self._tiers, live.block_size
+        tiers = [tier for tier in tables if "/" not in tier]  # those with a slash are of further groups
+        for (layout, chunk_blocks), (rules, mask) in live.layouts.of.items():
+            runs = None
+            if rules.starts_plain and (first := tables.get(GPU)) is not None:
+                ends = first.runs(keys, 0, mask & wanted)
+                runs = {bit: end for end, pods in ends if end for bit in _each_position(pods)}
+            # Who has no beginning in the GPU may have one elsewhere.
+            bits = list(runs) if runs is not None and tiers == [GPU] else list(_each_position(mask & wanted))
+            if not bits:
+                continue
+            tokens: list[dict[Tier, int]] = [{} for _ in bits]
+            matched = np.zeros(len(bits), np.int64)
+            for tier in tiers:
+                groups = [tables.get(group_tier(tier, place)) for place in range(len(layout.groups))]
+                if None in groups and tier != GPU:
+                    continue
+                if tier == GPU:
+                    more = _own_hits(rules, groups, keys, bits, runs, prompt_tokens)
+                else:
+                    more = rules.loads(_stacked(groups, keys), bits, matched, chunk_blocks, prompt_tokens)
+                matched += more
+                for held, count in zip(tokens, more.tolist(), strict=True):
+                    if count:
+                        held[tier] = count
+            for bit, held, end in zip(bits, tokens, matched.tolist(), strict=True):
+                if end:
+                    found[live.pod_of[1 << bit]] = PodMatch(held, end // size)
+
     def held(self, pods: Sequence[PodId], keys: BlockKeys) -> list[bool]:
         """Whether each pod holds, in any tier, the block beside it; as many pods as keys."""
         bits = [self._live.bit_of.get(pod, 0) for pod in pods]
@@ -229,6 +339,19 @@ class MemoryIndex:
 
     def trust(self, pod: PodId) -> Trust:
         return self._live.trust_of.get(pod, Trust.STALE)
+
+    def cause(self, domain: DomainId) -> str:
+        """Why routers do not believe what is known of it; empty: they do."""
+        member = self._members.get(domain)
+        return member.cause if member is not None else ""
+
+    def unlike(self, domain: DomainId) -> str:
+        """Why its prompts are not those of the other pods; empty: they are."""
+        member, spec = self._members.get(domain), self._live.spec
+        if member is None or spec is None or not 1 << member.bit & self._live.unlike:
+            return ""
+        parts = differing(dict(spec.identity), dict(member.domain.spec.identity))
+        return f"unknown_prompt: {', '.join(parts)} differ from those of most pods, so it is not scored"
 
     def _fill(
         self,
@@ -315,6 +438,40 @@ class MemoryIndex:
     def _in_order(self, tiers: dict[Tier, BlockTable]) -> dict[Tier, BlockTable]:
         rank = {tier: i for i, tier in enumerate(self._tier_order)}
         return dict(sorted(tiers.items(), key=lambda item: rank.get(item[0], len(rank))))
+
+
+def _stacked(tables: Sequence[BlockTable | None], keys: BlockKeys) -> Words:
+    """Masks of the keys in each group's table, [groups, keys, words]."""
+    masks = [None if table is None else table.masks(keys) for table in tables]
+    words = max((one.shape[1] for one in masks if one is not None), default=1)
+    stacked = np.zeros((len(masks), len(keys) // KEY_BYTES, words), np.uint64)
+    for group, one in enumerate(masks):
+        if one is not None:
+            stacked[group, :, : one.shape[1]] = one
+    return stacked
+
+
+def _own_hits(
+    rules: HitRules,
+    groups: Sequence[BlockTable | None],
+    keys: BlockKeys,
+    bits: Sequence[int],
+    runs: Mapping[int, int] | None,
+    prompt_tokens: int | None,
+) -> npt.NDArray[np.int64]:
+    """Tokens that each pod takes from its own cache; `runs`: blocks from the prompt's beginning in the first group."""
+    count = len(keys) // KEY_BYTES
+    if runs is None:
+        return rules.hits(_stacked(groups, keys), count, bits, None, prompt_tokens)
+    # Full attention ends a hit: of the other groups no more is looked up than its longest run.
+    ends = [runs.get(bit, 0) for bit in bits]
+    longest = min(max(ends) + rules.blocks_ahead, count)
+    masks = _stacked([None, *groups[1:]], keys[: longest * KEY_BYTES])
+    return rules.hits(masks, count, bits, ends, prompt_tokens)
+
+
+def _each_position(mask: int) -> Iterator[int]:
+    return (bit.bit_length() - 1 for bit in _each_bit(mask))
 
 
 def _each_bit(mask: int) -> Iterator[int]:

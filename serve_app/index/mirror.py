@@ -19,14 +19,17 @@ import time
 from collections import Counter, deque
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
+import msgspec
 import redis
 
+from serve_app.errors import RecordNotUnderstood
 from serve_app.index.connection import connect, leave_server, redact
 from serve_app.index.faults import FaultLog, store_error
 from serve_app.index.keyspace import (
     LOG_FIELD,
+    DomainRecord,
     HeartbeatRecord,
     Keyspace,
     LogRecord,
@@ -37,6 +40,7 @@ from serve_app.index.keyspace import (
     encode,
 )
 from serve_app.index.memory import DEFAULT_MAX_BLOCKS, MemoryIndex
+from serve_app.supervision import Backoff, LoopGuard
 from serve_app.types import (
     GPU,
     BlockKeys,
@@ -57,13 +61,17 @@ from serve_app.types import (
 logger = logging.getLogger(__name__)
 
 STALE_AFTER_S = 2.5  # without an answer of Redis every pod is stale, without news of its heartbeat that pod
+LATE_S = 1.0  # every pod is stale while entries arrive so much later than the quickest ones,
+LATE_LASTS_S = 10.0  # and for so long after the last late one: engines at rest send none
 CHECK_PERIOD_S = 1.0  # leases, and whether the log still has what we need
 READ_BLOCK_MS = 200
 READ_COUNT = 1000  # entries per XREAD
 SCAN_COUNT = 10_000  # keys per SSCAN
+VERDICT_LASTS_S = 5.0  # a router renews it every second
 BURY_AFTER_S = 60.0  # a domain without a lease for so long is dropped from Redis
 BURY_RETRY_S = 10.0  # after Redis refused that, or failed in it
 RETRY_S = 0.5
+RETRY_MAX_S = 2.0
 LOAD_LASTS_S = 10.0  # what was loaded should be followed for longer
 OUTRUN_LOADS = 3  # so many in a row that were not: then every next one waits twice as long
 RELOAD_MAX_S = 30.0
@@ -73,8 +81,42 @@ NEWS_MAX = 10_000  # what nobody asks for is dropped, oldest first
 _Item = TypeVar("_Item")
 
 
+class _Verdict(NamedTuple):
+    """What a router says of a domain's predictions."""
+
+    epoch: Epoch
+    cause: str
+    at_s: float  # when it said so last, by our monotonic clock
+
+
 class _LogGapError(Exception):
     """The log no longer has the entry after the one we applied last."""
+
+
+VERDICTS_MAX = 64  # routers that are heard on one domain
+LEFT_OUT_MAX = 1000  # senders that are named in the log
+_OPS = frozenset({"join", "add", "remove", "clear", "leave", "load", "route", "verdict"})
+
+
+class _Delay:
+    """How late entries are, without comparing two machines' clocks: the quickest of late are taken for not late at all.
+
+    Redis dates the entries by its clock, and they arrive by ours: the smallest difference is that of the clocks.
+    """
+
+    WINDOW_S = 120.0  # clocks drift apart
+
+    def __init__(self) -> None:
+        self._least = self._before = float("inf")  # of this window, and of the one before it
+        self._until_s = 0.0
+
+    def of(self, dated_s: float, arrived_s: float) -> float:
+        difference = arrived_s - dated_s
+        if arrived_s >= self._until_s:
+            self._until_s = arrived_s + self.WINDOW_S
+            self._before, self._least = self._least, difference
+        self._least = min(self._least, difference)
+        return difference - min(self._least, self._before)
 
 
 class Mirror:
@@ -107,6 +149,8 @@ class Mirror:
         self._index = self._new_index()
         self._bury = bury
         self._position: str | None = None  # id of the last log entry applied; None: nothing is loaded
+        self._left_out: Counter[tuple[str, str]] = Counter()  # sender and reason
+        self._verdicts: dict[DomainId, dict[str, _Verdict]] = {}  # of a domain, by router
         self._seq: dict[DomainId, tuple[Epoch, int]] = {}  # of the last entry applied
         self._lease_lost_at_s: dict[DomainId, float] = {}
         self._loads: dict[PodId, PodLoad] = {}
@@ -116,11 +160,16 @@ class Mirror:
         self._heard_at_s: dict[DomainId, float] = {}  # when the heartbeat was seen to change
         self._fresh_at_s: float | None = None  # monotonic; None: never loaded
         self._lag_s = 0.0
+        self._heard_entry_at_s = 0.0
+        self._delay = _Delay()
         self._check_at_s = 0.0
         self._bury_at_s = 0.0
         self._loaded_at_s = 0.0
         self._outrun = 0  # loads in a row that the log did not last for
         self.counters: Counter[str] = Counter()  # entries applied by op, loads, gaps, errors, bury_errors
+        self._backoff = Backoff(RETRY_S, RETRY_MAX_S)
+        self._guard = LoopGuard(f"the index of {self._keys.log} is loaded again", self._backoff, logger, self.counters)
+        self._reloads = Backoff(RETRY_S, RELOAD_MAX_S)
         self._ready = threading.Event()
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._run, name=f"kvcache-mirror-{model}", daemon=True)
@@ -143,18 +192,23 @@ class Mirror:
     def close(self) -> None:
         self._stop.set()
         if self._thread.is_alive():
-            self._thread.join(timeout=READ_BLOCK_MS / 1000 + RETRY_S + 1)
+            self._thread.join(timeout=READ_BLOCK_MS / 1000 + RETRY_MAX_S + 1)
         self._redis.close()
 
     # -- reader ---------------------------------------------------------------------------------------------------
 
     def match(
-        self, keys: BlockKeys, pods: Iterable[PodId] | None = None, *, count_hits: bool = False
+        self,
+        keys: BlockKeys,
+        pods: Iterable[PodId] | None = None,
+        *,
+        count_hits: bool = False,
+        prompt_tokens: int | None = None,
     ) -> Mapping[PodId, PodMatch]:
         """See IndexReader; each match says how far it can be relied on."""
         index = self._index
-        found = index.match(keys, pods, count_hits=count_hits)
-        distrusted = dict.fromkeys(found, Trust.STALE) if self.stale_for_s() > STALE_AFTER_S else index.distrusted
+        found = index.match(keys, pods, count_hits=count_hits, prompt_tokens=prompt_tokens)
+        distrusted = dict.fromkeys(found, Trust.STALE) if self._is_late() else index.distrusted
         for pod in distrusted.keys() & found.keys():
             found[pod] = replace(found[pod], trust=distrusted[pod])
         return found
@@ -168,12 +222,20 @@ class Mirror:
 
     def trust(self, pod: PodId) -> Trust:
         """How far a match of this pod can be relied on. An unknown pod is stale."""
-        return Trust.STALE if self.stale_for_s() > STALE_AFTER_S else self._index.trust(pod)
+        return Trust.STALE if self._is_late() else self._index.trust(pod)
+
+    def cause(self, domain: DomainId) -> str:
+        """Why the domain is not believed, by what its requests turned out to be, or its tokenizer; empty: it is."""
+        return self._index.cause(domain) or self._index.unlike(domain)
 
     def domains(self) -> list[tuple[Domain, bool, HeartbeatRecord | None]]:
         """Every known domain: its record, whether it is live, its last heartbeat."""
         index = self._index
         return [(d, index.is_live(d.id), self._heartbeats.get(d.id)) for d in index.domains()]
+
+    def left_out(self) -> Mapping[tuple[str, str], int]:
+        """How often something was not understood, by sender (a domain, or `log`) and reason."""
+        return dict(self._left_out)
 
     def spec(self) -> EngineSpec | None:
         """What the live engines of the model agree on; None while there is none."""
@@ -199,8 +261,13 @@ class Mirror:
 
     @property
     def lag_s(self) -> float:
-        """Age of the newest applied log entry when it was applied, by Redis' clock and ours."""
+        """How late the newest applied log entry was, beyond the quickest of the last minutes."""
         return self._lag_s
+
+    def _is_late(self) -> bool:
+        """Nothing is heard, or what is heard is old: the engines have gone on since."""
+        lagging = self._lag_s > LATE_S and time.monotonic() - self._heard_entry_at_s < LATE_LASTS_S
+        return lagging or self.stale_for_s() > STALE_AFTER_S
 
     def stale_for_s(self) -> float:
         """Seconds since Redis last answered; infinite before the first load."""
@@ -216,6 +283,7 @@ class Mirror:
                 self._check()
                 self._follow()
                 self._faults.healed()
+                self._guard.went_well()
             except _LogGapError as gap:
                 self._load_again(gap)
             except (redis.RedisError, OSError) as error:
@@ -223,12 +291,10 @@ class Mirror:
                 self.counters["errors"] += 1
                 leave_server(self._redis, error)
                 self._check_at_s = 0.0  # what answers next may be another server: see that it has the log we read
-                self._stop.wait(RETRY_S)
-            except Exception:
-                logger.exception("mirror of %s: loading again", self._keys.log)
-                self.counters["errors"] += 1
+                self._stop.wait(self._backoff.after())
+            except Exception as error:
                 self._position = None
-                self._stop.wait(RETRY_S)
+                self._stop.wait(self._guard.failed(error))
 
     def _load_again(self, gap: _LogGapError) -> None:
         """A mirror that the log outruns would load without end, and slow down a Redis that is busy as it is."""
@@ -236,7 +302,11 @@ class Mirror:
         self.counters["gaps"] += 1
         self._position = None
         lasted = time.monotonic() - self._loaded_at_s > LOAD_LASTS_S
-        self._outrun = 0 if lasted else self._outrun + 1
+        if lasted:
+            self._outrun = 0
+            self._reloads.reset()
+        else:
+            self._outrun += 1
         if self._outrun == OUTRUN_LOADS:
             logger.warning(
                 "the log %s is too short for this mirror: this process, or its network, is too slow for what is "
@@ -244,7 +314,7 @@ class Mirror:
                 self._keys.log,
             )
         if self._outrun >= OUTRUN_LOADS:
-            self._stop.wait(min(RETRY_S * 2 ** (self._outrun - OUTRUN_LOADS), RELOAD_MAX_S))
+            self._stop.wait(self._reloads.after())
 
     def _new_index(self) -> MemoryIndex:
         return MemoryIndex(self._max_blocks, self._tier_order)
@@ -259,8 +329,12 @@ class Mirror:
         index = self._new_index()
         records: Any = self._redis.hgetall(self._keys.domains)
         for raw_id, raw in records.items():
-            record = decode_domain(raw)
-            domain = record.domain(DomainId(raw_id.decode()))
+            try:
+                record = decode_domain(raw)
+                domain = record.domain(DomainId(raw_id.decode()))
+            except (msgspec.DecodeError, UnicodeDecodeError, RecordNotUnderstood) as error:
+                self._leave_out(raw_id, error)
+                continue
             index.join(domain)
             for tier in record.tiers:
                 for keys in self._scan(self._keys.blocks(domain.id, domain.epoch, Tier(tier))):
@@ -285,14 +359,20 @@ class Mirror:
         self._fresh_at_s = time.monotonic()
         entries = _entries(answer)
         for entry_id, fields in entries:
-            self._apply(decode_log(fields[LOG_FIELD]))
+            try:
+                record = decode_log(fields[LOG_FIELD])
+            except (msgspec.DecodeError, KeyError) as error:
+                self._leave_out(b"log", error)
+            else:
+                self._apply(record)
             self._position = entry_id.decode()
         if entries:
-            self._lag_s = max(0.0, time.time() - int(entries[-1][0].split(b"-")[0]) / 1000)
+            self._heard_entry_at_s = time.monotonic()
+            self._lag_s = self._delay.of(int(entries[-1][0].split(b"-")[0]) / 1000, self._heard_entry_at_s)
 
     def _apply(self, record: LogRecord) -> None:
         domain, epoch, index = DomainId(record.domain), Epoch(record.epoch), self._index
-        self.counters[record.op] += 1
+        self.counters[record.op if record.op in _OPS else "unknown_op"] += 1
         if record.seq:
             self._expect(domain, record)
         match record.op:
@@ -303,8 +383,7 @@ class Mirror:
             case "clear":
                 index.clear(domain, epoch)
             case "join" if record.record is not None:
-                index.join(record.record.domain(domain))
-                self._lease_lost_at_s.pop(domain, None)
+                self._join(domain, record.record)
             case "leave":
                 index.leave(domain, epoch)
                 last = self._seq.get(domain)
@@ -314,11 +393,23 @@ class Mirror:
                 self._note_load(domain, record.in_flight, record.unused_blocks)
                 if record.served:
                     self._served.append((PodId(record.domain), record.served))
+            case "verdict":
+                self._verdict(domain, epoch, record.router, record.cause)
             case "route":
                 route = Routed(PodId(record.domain), record.keys, record.tokens, time.monotonic())
                 self._routed.append((record.router, route))
             case _:
-                self.counters["unknown_op"] += 1
+                pass  # of a later version; counted
+
+    def _join(self, domain_id: DomainId, record: DomainRecord) -> None:
+        try:
+            self._index.join(record.domain(domain_id))
+        except RecordNotUnderstood as error:
+            known = self._index.domain(domain_id)
+            if known is not None:
+                self._index.leave(domain_id, known.epoch)
+            self._leave_out(domain_id.encode(), error)
+        self._lease_lost_at_s.pop(domain_id, None)
 
     def _expect(self, domain: DomainId, record: LogRecord) -> None:
         """Entries of an epoch are numbered without gaps, from its join on; the load has said where we are."""
@@ -338,6 +429,7 @@ class Mirror:
         if now < self._check_at_s:
             return
         self._check_at_s = now + CHECK_PERIOD_S
+        self._end_verdicts(now)
         self._check_leases(self._index)
         self._check_log()
         if self._bury and now >= self._bury_at_s:
@@ -357,7 +449,12 @@ class Mirror:
                 index.set_live(domain.id, False)
                 continue
             self._lease_lost_at_s.pop(domain.id, None)
-            heartbeat = decode_heartbeat(lease)
+            try:
+                heartbeat = decode_heartbeat(lease)
+            except msgspec.DecodeError as error:
+                self._leave_out(domain.id.encode(), error)
+                index.set_live(domain.id, False)
+                continue
             if heartbeat != self._heartbeats.get(domain.id):
                 self._heartbeats[domain.id] = heartbeat
                 self._heard_at_s[domain.id] = now
@@ -405,7 +502,10 @@ class Mirror:
             if pipeline.exists(lease):
                 return
             stored: Any = pipeline.hget(self._keys.domains, domain.id)
-            record = None if stored is None else decode_domain(stored)
+            try:
+                record = None if stored is None else decode_domain(stored)
+            except msgspec.DecodeError:
+                return  # who wrote it may bury it
             if record is not None and record.epoch != domain.epoch:
                 return  # who has just joined has no lease yet
             pipeline.multi()
@@ -416,6 +516,52 @@ class Mirror:
                 pipeline.hdel(self._keys.seqs, domain.id)
             pipeline.xadd(self._keys.log, {LOG_FIELD: encode(LogRecord("leave", domain.id, domain.epoch))})
             pipeline.execute()
+
+    def _verdict(self, domain: DomainId, epoch: Epoch, router: str, cause: str) -> None:
+        """A router says that its predictions do not hold. It says so again while that is so."""
+        known = self._index.domain(domain)
+        if known is None or known.epoch != epoch:
+            return
+        said = self._verdicts.setdefault(domain, {})
+        if router in said or len(said) < VERDICTS_MAX:
+            said[router] = _Verdict(epoch, cause, time.monotonic())
+            self._weigh_verdicts(known)
+
+    def _end_verdicts(self, now_s: float) -> None:
+        """Those that no router renews, and those of a former life."""
+        for domain, said in list(self._verdicts.items()):
+            known = self._index.domain(domain)
+            epoch = None if known is None else known.epoch
+            left = {r: v for r, v in said.items() if v.epoch == epoch and now_s - v.at_s <= VERDICT_LASTS_S}
+            if left:
+                self._verdicts[domain] = left
+            else:
+                del self._verdicts[domain]
+            if known is not None and len(left) < len(said):
+                self._weigh_verdicts(known)
+
+    def _weigh_verdicts(self, domain: Domain) -> None:
+        """A domain is not believed while any router says so; several causes would take turns, so one is shown."""
+        said = {r: v.cause for r, v in self._verdicts.get(domain.id, {}).items() if v.epoch == domain.epoch}
+        cause, before = said[min(said)] if said else "", self._index.cause(domain.id)
+        if cause == before:
+            return
+        self._index.distrust(domain.id, domain.epoch, cause)
+        if cause:
+            logger.warning("%s is not exact: %s", domain.id, cause)
+        else:
+            logger.info("the predictions of %s hold again", domain.id)
+
+    def _leave_out(self, sender: bytes, error: Exception) -> None:
+        """One record that is not understood is nobody else's harm: its domain, or entry, is left out and counted."""
+        reason = error.reason if isinstance(error, RecordNotUnderstood) else "malformed"
+        name = sender.decode(errors="replace")
+        if (name, reason) in self._left_out:
+            self._left_out[name, reason] += 1
+        elif len(self._left_out) < LEFT_OUT_MAX:
+            self._left_out[name, reason] = 1
+            logger.warning("%s of %s is left out: %s", name, self._keys.domains, error)
+        self.counters[f"left_out_{reason}"] += 1
 
     def _note_load(self, domain_id: DomainId, in_flight: int, unused_blocks: int = 0) -> None:
         domain = self._index.domain(domain_id)
@@ -446,5 +592,9 @@ def _entries(answer: Any) -> list[tuple[bytes, dict[bytes, bytes]]]:
 
 def _seqs(raw: dict[bytes, bytes]) -> dict[DomainId, tuple[Epoch, int]]:
     """Epoch and number of each domain's last log entry."""
-    records = {DomainId(raw_id.decode()): decode_seq(value) for raw_id, value in raw.items()}
-    return {domain: (Epoch(record.epoch), record.seq) for domain, record in records.items()}
+    seqs = {}
+    for raw_id, value in raw.items():
+        with contextlib.suppress(msgspec.DecodeError, UnicodeDecodeError):  # what cannot be read is of no domain
+            record = decode_seq(value)
+            seqs[DomainId(raw_id.decode())] = Epoch(record.epoch), record.seq
+    return seqs

@@ -14,6 +14,7 @@ again when the lease has ended.
 
 from __future__ import annotations
 
+import time
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -35,7 +36,6 @@ from serve_app.index.keyspace import (
     LogRecord,
     SeqRecord,
     decode_domain,
-    decode_seq,
     encode,
 )
 from serve_app.types import BlockKey, BlockKeys, Domain, DomainId, Epoch, ModelId, Served, Tier
@@ -82,6 +82,24 @@ class RedisWriter:
         self._removed: set[BlockKey] = set()
 
     # -- IndexWriter, buffered ------------------------------------------------------------------------------------
+
+    def next_epoch(self, domain: DomainId, after: int = 0) -> Epoch:
+        """A number for a new life of the engine, above those of all lives before, whatever this machine's clock says.
+
+        It is milliseconds since 1970, unless the log's newest entry, which Redis has dated, or the record of the life
+        before are ahead of that.
+
+        Raises:
+            StoreError: Redis did not answer.
+        """
+        try:
+            newest: Any = self._redis.xrevrange(self._keys.log, count=1)
+        except (redis.RedisError, OSError) as error:
+            raise self._failed(error) from error
+        stored = self._stored(domain)
+        logged_ms = int(newest[0][0].split(b"-")[0]) if newest else 0
+        before = stored.epoch if stored is not None else 0
+        return Epoch(max(time.time_ns() // 1_000_000, logged_ms + 1, before + 1, after + 1))
 
     def join(self, domain: Domain) -> None:
         """Register a domain under its (new) epoch and drop what an earlier epoch left; or change its record.
@@ -198,7 +216,8 @@ class RedisWriter:
             _, stored, seq, *answers = pipeline.execute()
         except (redis.RedisError, OSError) as error:
             raise self._failed(error) from error
-        stored_epoch = None if stored is None else decode_domain(stored).epoch
+        known = _decoded(stored)
+        stored_epoch = None if known is None else known.epoch
         if stored_epoch is not None and stored_epoch > published.domain.epoch:
             self._taken[domain] = lease
             raise _taken(domain)
@@ -206,7 +225,7 @@ class RedisWriter:
             return False
         sizes = answers[len(sets) :]
         return bool(
-            decode_seq(seq) == SeqRecord(published.domain.epoch, published.flushed_seq)
+            seq == encode(SeqRecord(published.domain.epoch, published.flushed_seq))
             and sizes == [self._set_sizes[name] for name in sets]  # a set may be evicted, or deleted by a person
         )
 
@@ -323,7 +342,15 @@ class RedisWriter:
             stored: Any = self._redis.hget(self._keys.domains, domain_id)
         except (redis.RedisError, OSError) as error:
             raise self._failed(error, f"HGET {self._keys.domains}") from error
+        return _decoded(stored)
+
+
+def _decoded(stored: bytes | None) -> DomainRecord | None:
+    """A domain's record; none, if what is there is no record: then it is written anew."""
+    try:
         return None if stored is None else decode_domain(stored)
+    except msgspec.DecodeError:
+        return None
 
 
 def _taken(domain: DomainId) -> DomainTaken:

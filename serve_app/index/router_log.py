@@ -13,21 +13,26 @@ import logging
 import threading
 import time
 from collections import Counter, deque
+from collections.abc import Mapping
 from typing import Any
 
 import redis
 
 from serve_app.errors import StoreError
 from serve_app.index.connection import connect, leave_server, redact
+from serve_app.index.faults import FaultLog, store_error
 from serve_app.index.keyspace import LOG_FIELD, Keyspace, LogRecord, encode
 from serve_app.index.redis_writer import LOG_MAX_ENTRIES
-from serve_app.types import ModelId, Routed
+from serve_app.supervision import Backoff, LoopGuard
+from serve_app.types import Epoch, ModelId, PodId, Routed
 
 logger = logging.getLogger(__name__)
 
 PERIOD_S = 0.02
 ANNOUNCE_S = 1.0
+RETRY_MAX_S = 4.0
 GONE_S = 4.0  # a router that has not announced itself for so long
+ROUTERS_MAX = 1000  # that are looked at
 RECEIPTS_MAX = 1000  # kept in Redis
 _QUEUE_MAX = 5000
 
@@ -47,9 +52,15 @@ class RouterLog:
         self._router = router
         self._routes: deque[Routed] = deque(maxlen=_QUEUE_MAX)
         self._receipts: deque[bytes] = deque(maxlen=_QUEUE_MAX)
+        self._distrusted: Mapping[PodId, tuple[Epoch, str]] = {}
         self._announce_at_s = 0.0
+        self._others = _Others()
         self.shared = False  # another router is there
         self.counters: Counter[str] = Counter()  # routes and receipts written, errors
+        consequence = "routers do not hear of each other, and receipts are not kept"
+        self._faults = FaultLog(logger, f"{consequence} ({redact(url)})")
+        self._backoff = Backoff(ANNOUNCE_S, RETRY_MAX_S)
+        self._guard = LoopGuard(f"kvcache: {consequence}", self._backoff, logger, self.counters)
         self._stop = threading.Event()
         self._wake = threading.Event()
         self._thread = threading.Thread(target=self._run, name="kvcache-router-log", daemon=True)
@@ -70,34 +81,38 @@ class RouterLog:
             self._routes.append(route)
             self._wake.set()
 
+    def distrust(self, pods: Mapping[PodId, tuple[Epoch, str]]) -> None:
+        """Tell everybody, for as long as this is not called with less, whose predictions do not hold, and why."""
+        self._distrusted = pods
+
     def receipt(self, encoded: bytes) -> None:
         """Keep a receipt (JSON) where people find it."""
         self._receipts.append(encoded)
         self._wake.set()
 
     def _run(self) -> None:
-        failing = False
         while not self._stop.is_set():
             self._wake.wait(ANNOUNCE_S)
             self._wake.clear()
             try:
                 self._write()
-                failing = False
+                self._faults.healed()
+                self._guard.went_well()
             except (redis.RedisError, OSError) as error:
                 self.counters["errors"] += 1
+                self._faults.failed(store_error(error, self._keys))
                 leave_server(self._redis, error)
-                if not failing:
-                    logger.warning(
-                        "redis %s: %s; routers do not hear of each other, and receipts are not kept",
-                        redact(self._url),
-                        error,
-                    )
-                failing = True
-                self.shared = False
-                self._routes.clear()
-                self._receipts.clear()
-                self._stop.wait(ANNOUNCE_S)
+                self._forget(self._backoff.after())
+            except Exception as error:
+                self._forget(self._guard.failed(error))
             self._stop.wait(PERIOD_S)
+
+    def _forget(self, wait_s: float) -> None:
+        """What was not written is old when Redis answers again, and may be what could not be written."""
+        self.shared = False
+        self._routes.clear()
+        self._receipts.clear()
+        self._stop.wait(wait_s)
 
     def _write(self) -> None:
         with self._redis.pipeline(transaction=False) as pipeline:
@@ -116,14 +131,46 @@ class RouterLog:
             self._announce()
 
     def _announce(self) -> None:
-        now_s = time.time()
+        """Say that we are there, and find out who else is: whose score has changed lately, by our own clock alone."""
         with self._redis.pipeline(transaction=False) as pipeline:
-            pipeline.zadd(self._keys.routers, {self._router: now_s})
-            pipeline.zremrangebyscore(self._keys.routers, "-inf", now_s - GONE_S)
-            pipeline.zcard(self._keys.routers)
-            *_, count = pipeline.execute()
-        self.shared = count > 1
+            pipeline.zadd(self._keys.routers, {self._router: time.time()})
+            gone = self._others.gone()
+            if gone:
+                pipeline.zrem(self._keys.routers, *gone)
+            else:
+                pipeline.zcard(self._keys.routers)
+            pipeline.zrange(self._keys.routers, 0, ROUTERS_MAX, withscores=True)
+            for pod, (epoch, cause) in self._distrusted.items():
+                record = LogRecord("verdict", pod, epoch, router=self._router, cause=cause)
+                pipeline.xadd(self._keys.log, {LOG_FIELD: encode(record)}, maxlen=LOG_MAX_ENTRIES, approximate=True)
+            scores: Any = pipeline.execute()[2]
+        self._others.seen({name.decode(): score for name, score in scores if name.decode() != self._router})
+        self.shared = self._others.alive
         self._announce_at_s = time.monotonic() + ANNOUNCE_S
+
+
+class _Others:
+    """Other routers, by what they write: a score that changes. No two machines' clocks are compared."""
+
+    def __init__(self) -> None:
+        self._known: dict[str, tuple[float, float]] = {}  # score, and when it was new
+
+    def seen(self, scores: Mapping[str, float]) -> None:
+        now_s = time.monotonic()
+        for name, score in scores.items():
+            known = self._known.get(name)
+            if known is None or known[0] != score:
+                self._known[name] = score, now_s
+        for name in self._known.keys() - scores.keys():
+            del self._known[name]
+
+    @property
+    def alive(self) -> bool:
+        return any(time.monotonic() - since_s < GONE_S for _, since_s in self._known.values())
+
+    def gone(self) -> list[str]:
+        """Those that have not announced themselves for long."""
+        return [name for name, (_, since_s) in self._known.items() if time.monotonic() - since_s >= 2 * GONE_S]
 
 
 def read_receipts(client: redis.Redis, model: ModelId, count: int) -> list[bytes]:

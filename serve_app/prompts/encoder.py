@@ -1,6 +1,6 @@
 """Request body -> block keys: the prompt stages of one model put together.
 
-In: the parsed JSON of an OpenAI request. Out: one `EncodedPrompt` per prompt in it. Two steps with the tokenization in
+In: the parsed JSON of a request. Out: one `EncodedPrompt` per prompt in it. Two steps with the tokenization in
 between, so that the caller may have that done elsewhere:
 
     for prepared in encoder.prepare(body):
@@ -21,15 +21,27 @@ import xxhash
 
 from serve_app.blocks import block_keys, namespace_key, pack_tokens
 from serve_app.errors import PromptError
+from serve_app.prompts.anthropic import merges_system
 from serve_app.prompts.chat import ChatRenderer
+from serve_app.prompts.identity import (
+    PROBES,
+    TEMPLATE,
+    TOKENIZER,
+    TOOLS_TEMPLATE,
+    differing,
+    digest_of_packed,
+    digest_of_text,
+    probe_name,
+)
 from serve_app.prompts.media import MEDIA_TOKENS, STAND_IN, media_start
 from serve_app.prompts.messages import count_media
 from serve_app.prompts.prefix_store import EncodedPrompt, Lookup, PrefixStore
-from serve_app.prompts.request import ChatPrompt, Prompt, TokenPrompt, namespace_of, parse_request
+from serve_app.prompts.request import ChatPrompt, EngineRules, Prompt, TokenPrompt, namespace_of, parse_request
 from serve_app.prompts.tokenizer import Segment, Tokenizer
 from serve_app.types import BlockKey, EngineSpec
 
 _NOT_PURE = ("strftime_now", "random", "lipsum")  # what a template can render differently the next time
+_MODES = ("auto", "hf")  # of vLLM's --tokenizer-mode: those that take the Hugging Face tokenizer
 CHARS_PER_TOKEN = 4  # a guess, for text that has not been tokenized
 MAX_PROMPT_CHARS = 8 * 2**20  # what HAProxy hands over at most; some 2M tokens
 
@@ -64,11 +76,42 @@ class PromptEncoder:
         """
         self.spec = spec
         self._store = store
-        self._tokenizer = Tokenizer(spec.tokenizer)
+        if spec.tokenizer_mode not in _MODES:
+            raise PromptError(
+                "unsupported_model",
+                f"the engine tokenizes with code of vLLM's own (tokenizer_mode {spec.tokenizer_mode})",
+            )
+        self._tokenizer = Tokenizer(spec.source)
         template_kwargs = json.loads(spec.template_kwargs) if spec.template_kwargs else None
-        self._renderer = ChatRenderer(spec.tokenizer, spec.chat_template, spec.content_format, template_kwargs)
+        self._renderer = ChatRenderer(spec.source, spec.chat_template, spec.content_format, template_kwargs)
+        self._rules = EngineRules(spec.pooling, spec.excludes_tools, merges_system(spec.chat_template))
         self._renders_alike = not any(word in template for template in self._templates() for word in _NOT_PURE)
+        self._source_key = spec.source.key
         self._spec_digest = xxhash.xxh3_128_digest(msgspec.msgpack.encode(spec))
+
+    def differing(self) -> list[str]:
+        """Parts of the engine's identity that are not what they are here; some 100 ms, call it in a thread.
+
+        What neither side can make a prompt of is not compared: such requests are not scored anyway.
+        """
+        theirs = dict(self.spec.identity)
+        if not theirs:
+            return []
+        ours = {TOKENIZER: self._tokenizer.digest()}
+        for name, tools in ((TEMPLATE, None), (TOOLS_TEMPLATE, [{}])):
+            with suppress(PromptError):
+                ours[name] = digest_of_text(self._renderer.template(tools))
+        for name, body in PROBES.items():
+            with suppress(PromptError):
+                ours[probe_name(name)] = digest_of_packed(self._ids(body))
+        return differing(ours, theirs)
+
+    def _ids(self, body: Mapping[str, Any]) -> bytes:
+        """Packed token ids of a request's first prompt, past the store."""
+        prompt = parse_request(body, self._rules)[0]
+        assert not isinstance(prompt, TokenPrompt)
+        text = self._render(prompt) if isinstance(prompt, ChatPrompt) else prompt.text
+        return b"".join(self.tokenize(self._split(text, prompt.add_special_tokens)))
 
     def prepare(self, body: Mapping[str, Any]) -> list[Prepared]:
         """Parse, render, split and look up.
@@ -78,7 +121,7 @@ class PromptEncoder:
         """
         lora, salt = namespace_of(body, self.spec.model, self.spec.served_names)
         root = namespace_key(self.spec.model, self.spec.block_size, lora, salt)
-        return [self._prepare(prompt, root) for prompt in parse_request(body)]
+        return [self._prepare(prompt, root) for prompt in parse_request(body, self._rules)]
 
     def tokenize(self, segments: Sequence[Segment]) -> list[bytes]:
         """Packed token ids of each segment."""
@@ -109,23 +152,31 @@ class PromptEncoder:
             keys = block_keys(packed, self.spec.block_size, root)
             return Prepared([], [], None, EncodedPrompt(keys, len(prompt.token_ids), 0, (packed,)))
         if isinstance(prompt, ChatPrompt) and (media := count_media(prompt.messages)):
+            if prompt.other is not None:
+                raise PromptError("ambiguous", "the request has images, and may be for either of two endpoints")
             return self._prepare_with_media(prompt, media, root)
         name = self._name(prompt, root) if isinstance(prompt, ChatPrompt) else b""
         if name and (known := self._store.find_named(name)) is not None:
             return Prepared([], [], None, known)
-        text = self._renderer.render(prompt) if isinstance(prompt, ChatPrompt) else prompt.text
+        text = self._render(prompt) if isinstance(prompt, ChatPrompt) else prompt.text
         segments = self._split(text, prompt.add_special_tokens)
-        lookup = self._store.lookup(root, segments, self.spec.block_size, self.spec.tokenizer)
+        lookup = self._store.lookup(root, segments, self.spec.block_size, self._source_key)
         return Prepared(segments, lookup.missing, lookup, None, name)
+
+    def _render(self, prompt: ChatPrompt) -> str:
+        text = self._renderer.render(prompt)
+        if prompt.other is not None and self._renderer.render(prompt.other) != text:
+            raise PromptError("ambiguous", "/v1/chat/completions and /v1/messages make different prompts of it")
+        return text
 
     def _prepare_with_media(self, prompt: ChatPrompt, media: int, root: BlockKey) -> Prepared:
         """The text before the first image; the rest is not known."""
         if prompt.add_special_tokens and self._tokenizer.adds_tokens:
             raise PromptError("media", "a text with an image that gets special tokens at its ends is not scored")
         text = self._renderer.render(prompt)
-        end = media_start(text, self._renderer.render(prompt, STAND_IN), self._tokenizer.cutter, self.spec.tokenizer)
+        end = media_start(text, self._renderer.render(prompt, STAND_IN), self._tokenizer.cutter, self.spec.source)
         segments = self._split(text[:end], False)
-        lookup = self._store.lookup(root, segments, self.spec.block_size, self.spec.tokenizer)
+        lookup = self._store.lookup(root, segments, self.spec.block_size, self._source_key)
         unknown_tokens = (len(text) - end) // CHARS_PER_TOKEN + media * MEDIA_TOKENS
         return Prepared(segments, lookup.missing, lookup, None, b"", "media", unknown_tokens)
 

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from serve_app.errors import ConfigError, PromptError
+from serve_app.types import TokenizerSource
 
 # vLLM bypasses AutoTokenizer for these, whose checkpoints name a wrong class.
 _WRONG_TOKENIZER_CLASS = frozenset({"internlm2", "step3_vl", "step3p7", "unlimited-ocr"})
@@ -33,8 +34,13 @@ _OWN_RENDERER_ARCHITECTURES = frozenset(
 )
 
 
+def source_of(source: str | TokenizerSource) -> TokenizerSource:
+    """Args: source: path or Hugging Face id, or with more about it."""
+    return source if isinstance(source, TokenizerSource) else TokenizerSource(source)
+
+
 @lru_cache(maxsize=8)
-def load_tokenizer(source: str) -> Any:
+def load_tokenizer(source: TokenizerSource) -> Any:
     """transformers' tokenizer. Slow the first time, up to some seconds: call it in a thread.
 
     Raises:
@@ -44,18 +50,18 @@ def load_tokenizer(source: str) -> Any:
 
     cls = TokenizersBackend if model_config(source).get("model_type") in _WRONG_TOKENIZER_CLASS else AutoTokenizer
     try:
-        tokenizer = cls.from_pretrained(source, truncation_side="left")
+        tokenizer = cls.from_pretrained(source.name, truncation_side="left", **_revision(source))
     except (OSError, ValueError) as error:
-        raise ConfigError(f"no tokenizer in {source!r}: {error}") from error
+        raise ConfigError(f"no tokenizer in {source.name!r}: {error}") from error
     if not tokenizer.is_fast:
-        raise ConfigError(f"{source!r} has no fast tokenizer (tokenizer.json)")
+        raise ConfigError(f"{source.name!r} has no fast tokenizer (tokenizer.json)")
     if type(tokenizer).__call__ is not TokenizersBackend.__call__:  # vLLM calls it: SeamlessM4T, UDOP, MarkupLM
-        raise ConfigError(f"{source!r} has a tokenizer with encoding code of its own, {type(tokenizer).__name__}")
+        raise ConfigError(f"{source.name!r} has a tokenizer with encoding code of its own, {type(tokenizer).__name__}")
     return tokenizer
 
 
 @lru_cache(maxsize=8)
-def processor_template(source: str) -> str | None:
+def processor_template(source: TokenizerSource) -> str | None:
     """The chat template that the model's multimodal processor has, when it is not the tokenizer's own.
 
     vLLM prefers it for requests without tools (`resolve_chat_template` in renderers/hf.py). An example is Qwen2.5-VL:
@@ -68,33 +74,35 @@ def processor_template(source: str) -> str | None:
     from transformers import AutoProcessor, ProcessorMixin  # takes 3 s to import
 
     try:
-        template = ProcessorMixin.get_processor_dict(source)[0].get("chat_template")
+        template = ProcessorMixin.get_processor_dict(source.name, **_revision(source))[0].get("chat_template")
     except (OSError, ValueError):
         return None
     if not isinstance(template, str) or template == load_tokenizer(source).chat_template:
         return None
     try:
-        processor = AutoProcessor.from_pretrained(source)
+        processor = AutoProcessor.from_pretrained(source.name, **_revision(source))
     except Exception as error:  # its libraries may be missing here, and be there in the engine
-        raise PromptError("no_processor", f"cannot tell which chat template of {source!r} counts: {error}") from error
+        raise PromptError(
+            "no_processor", f"cannot tell which chat template of {source.name!r} counts: {error}"
+        ) from error
     return str(processor.chat_template) if isinstance(processor, ProcessorMixin) else None
 
 
 @lru_cache(maxsize=8)
-def model_config(source: str) -> dict[str, Any]:
+def model_config(source: TokenizerSource) -> dict[str, Any]:
     """config.json next to the tokenizer; empty when there is none."""
     from transformers import PreTrainedConfig  # takes 3 s to import
 
     try:
-        config, _ = PreTrainedConfig.get_config_dict(source)
+        config, _ = PreTrainedConfig.get_config_dict(source.name, **_revision(source))
     except (OSError, ValueError):
         return {}
     return dict(config)
 
 
-def own_renderer(source: str) -> str | None:
+def own_renderer(source: TokenizerSource) -> str | None:
     """The model type when vLLM does not render it with its chat template, else None."""
-    path = Path(source)
+    path = Path(source.name)
     if path.is_dir() and any(path.glob("consolidated*.safetensors")) and any(_mistral_tokenizers(path)):
         return "mistral"
     config = model_config(source)
@@ -105,6 +113,10 @@ def own_renderer(source: str) -> str | None:
         if name in known:
             return str(name)
     return None
+
+
+def _revision(source: TokenizerSource) -> dict[str, str]:
+    return {"revision": source.revision} if source.revision else {}
 
 
 def _mistral_tokenizers(path: Path) -> Iterator[Path]:

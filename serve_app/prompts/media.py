@@ -25,6 +25,7 @@ from collections import Counter
 from serve_app.errors import PromptError
 from serve_app.prompts.cuts import Cutter
 from serve_app.prompts.hf import model_config
+from serve_app.types import TokenizerSource
 
 STAND_IN = (
     "\ue000media\ue000"  # private use: neither whitespace, which templates strip, nor the start of any placeholder
@@ -38,7 +39,7 @@ _REWRITTEN = frozenset({"blip-2", "molmo", "molmo2", "openvla", "paligemma", "ph
 _JOINS_NEWLINES = frozenset({"gemma3", "gemma3n"})  # with those that it puts in front of an image
 
 
-def media_start(text: str, other: str, cutter: Cutter, tokenizer: str) -> int:
+def media_start(text: str, other: str, cutter: Cutter, tokenizer: TokenizerSource) -> int:
     """Where the first placeholder in `text` starts, or a little before: a position at which it may be cut.
 
     Args:

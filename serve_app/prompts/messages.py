@@ -47,7 +47,10 @@ _KNOWN_PART_FIELDS = (
 
 
 def to_conversation(
-    messages: Sequence[Mapping[str, Any]], content_format: ContentFormat, media_as: str | None = None
+    messages: Sequence[Mapping[str, Any]],
+    content_format: ContentFormat,
+    media_as: str | None = None,
+    ordered: bool = True,
 ) -> list[Message]:
     """Messages in the shape the template gets.
 
@@ -55,12 +58,13 @@ def to_conversation(
         messages: as the client sent them.
         content_format: of the template.
         media_as: text that stands for every image, audio and video, instead of what the template makes of them.
+        ordered: whether the request's types have put the keys of tool calls in their order.
 
     Raises:
         PromptError: "media" for parts of which only the engine knows where they go, "bad_messages" for what vLLM would
             refuse.
     """
-    return [_message(m, content_format, media_as) for m in messages]
+    return [_message(m, content_format, media_as, ordered) for m in messages]
 
 
 def count_media(messages: Sequence[Mapping[str, Any]]) -> int:
@@ -97,7 +101,7 @@ def _flat(content: Any) -> Any:
     return "\n".join(texts)
 
 
-def _message(message: Mapping[str, Any], content_format: ContentFormat, media_as: str | None) -> Message:
+def _message(message: Mapping[str, Any], content_format: ContentFormat, media_as: str | None, ordered: bool) -> Message:
     role = message["role"]
     if message.get("content", "") is None and role not in ("assistant", "function"):
         raise PromptError("bad_messages", f"content of role {role!r} must not be null")
@@ -105,7 +109,7 @@ def _message(message: Mapping[str, Any], content_format: ContentFormat, media_as
     if role == "assistant":
         tool_calls = message.get("tool_calls")
         if tool_calls:
-            result["tool_calls"] = [_tool_call(c) for c in _listed(tool_calls, "tool_calls")]
+            result["tool_calls"] = [_tool_call(c, ordered) for c in _listed(tool_calls, "tool_calls")]
         reasoning = message.get("reasoning")
         if reasoning is None:
             reasoning = message.get("reasoning_content")
@@ -187,13 +191,13 @@ def _tool_result(content: Any) -> Any:
     return "\n".join(p.get("text", "") for p in content)
 
 
-def _tool_call(call: Any) -> dict[str, Any]:
+def _tool_call(call: Any, ordered: bool) -> dict[str, Any]:
     function = call.get("function") if isinstance(call, Mapping) else None
     if not isinstance(function, Mapping) or call.get("type", "function") != "function":
         raise PromptError("bad_messages", "tool_calls entries must be objects of type 'function'")
-    function = _reordered(function, ("arguments", "name"))
+    function = _reordered(function, ("arguments", "name") if ordered else ())
     function["arguments"] = _arguments(function.get("arguments"))
-    call = _reordered(call, ("id", "function", "type"))
+    call = _reordered(call, ("id", "function", "type") if ordered else ())
     return {**call, "function": function}
 
 

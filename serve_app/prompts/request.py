@@ -1,23 +1,34 @@
-"""Body of an OpenAI request -> the prompts in it.
+"""Body of a request -> the prompts in it.
 
-In: parsed JSON of `/v1/chat/completions` or `/v1/completions`. Out: one `Prompt` per prompt, nothing rendered yet.
-Defaults are those of vLLM 0.29 (`ChatCompletionRequest`, `CompletionRequest`). Checks here are only those without
+In: parsed JSON of any endpoint that generates or embeds (forms.py). Out: one `Prompt` per prompt, nothing rendered yet.
+Defaults are those of vLLM 0.29 (`ChatCompletionRequest`, `CompletionRequest`, ...). Checks here are only those without
 which there is no prompt: a request that vLLM will refuse may pass, since then the engine answers it.
 """
 
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from serve_app.errors import PromptError
+from serve_app.prompts import anthropic, responses
+from serve_app.prompts.forms import Form, recognise
 from serve_app.types import ModelId
 
 MAX_CACHE_SALT_CHARS = 1024
 MAX_PROMPTS = 64  # each costs the router's event loop some 0.1 ms, during which every other request stands still
 # Of transformers' apply_chat_template: without effect unless it tokenizes.
 _TOKENIZER_ARGUMENTS = frozenset({"padding", "truncation", "max_length", "return_tensors", "tokenizer_kwargs"})
+
+
+@dataclass(frozen=True, slots=True)
+class EngineRules:
+    """What the prompts of a request depend on, beside the request."""
+
+    pooling: bool = False  # it embeds, classifies or ranks
+    excludes_tools: bool = False  # vLLM's --exclude-tools-when-tool-choice-none
+    merges_system: bool = True  # of /v1/messages: see anthropic.merges_system
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,6 +43,8 @@ class ChatPrompt:
     add_special_tokens: bool = False
     chat_template: str | None = None  # from the request; refused unless the engine trusts it
     chat_template_kwargs: Mapping[str, Any] = field(default_factory=dict)  # `reasoning_effort` merged in
+    ordered: bool = True  # the types of a chat request put the keys of tool calls in their order
+    other: ChatPrompt | None = None  # what another endpoint makes of the same body: scored if both render alike
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,8 +65,15 @@ class TokenPrompt:
 Prompt = ChatPrompt | TextPrompt | TokenPrompt
 
 
-def parse_request(body: Mapping[str, Any]) -> list[Prompt]:
+_AS_VLLM = EngineRules()
+
+
+def parse_request(body: Mapping[str, Any], rules: EngineRules = _AS_VLLM) -> list[Prompt]:
     """The prompts of a request.
+
+    Args:
+        body: parsed JSON.
+        rules: of the engine.
 
     Raises:
         PromptError: there is no prompt that can be scored; `reason` says why, in one word.
@@ -61,12 +81,25 @@ def parse_request(body: Mapping[str, Any]) -> list[Prompt]:
     if body.get("truncate_prompt_tokens") is not None:
         # What is left depends on the context length and the output tokens asked for: the engine's business.
         raise PromptError("truncated", "truncate_prompt_tokens is not scored")
-    if "messages" in body:
-        if body.get("prompt") is not None or body.get("system") is not None:
-            # Which of them counts depends on the path: /v1/completions, or /v1/messages with Anthropic's format.
-            raise PromptError("ambiguous", "the request has messages, and a prompt or system prompt beside them")
-        return [_chat(body)]
-    return _completion(body)
+    match recognise(body, rules.pooling):
+        case Form.COMPLETION:
+            return _completion(body)
+        case Form.GENERATE:
+            return _generate(body)
+        case Form.POOLING:
+            return _pooling(body, rules)
+        case Form.RESPONSES:
+            return [_chat(responses.to_chat(body), rules, ordered=False)]
+        case Form.MESSAGES:
+            return [_chat(anthropic.to_chat(body, rules.merges_system), rules)]
+        case Form.EITHER:
+            one, other = _chat(body, rules), _chat(anthropic.to_chat(body, rules.merges_system), rules)
+            if isinstance(one, ChatPrompt) and isinstance(other, ChatPrompt):
+                return [replace(one, other=other)]
+            return [one]
+    if body.get("tools") == []:
+        raise PromptError("bad_tools", "tools must be a list with at least one tool")
+    return [_chat(body, rules)]
 
 
 def namespace_of(
@@ -89,7 +122,7 @@ def namespace_of(
     return (None if is_base else model), salt
 
 
-def _chat(body: Mapping[str, Any]) -> Prompt:
+def _chat(body: Mapping[str, Any], rules: EngineRules, *, generates: bool = True, ordered: bool = True) -> Prompt:
     reused = body.get("kv_transfer_params")
     if isinstance(reused, Mapping) and reused.get("prompt_token_ids"):
         # The prefill stage of a disaggregated fleet hands its token ids on; vLLM then does not render either.
@@ -104,15 +137,17 @@ def _chat(body: Mapping[str, Any]) -> Prompt:
     if template is not None and not isinstance(template, str):
         raise PromptError("bad_field", "chat_template must be a string")
     kwargs = _chat_template_kwargs(body)
+    no_tools = rules.excludes_tools and body.get("tool_choice") == "none"
     return ChatPrompt(
         messages=messages,
-        tools=_tools(body.get("tools")),
+        tools=None if no_tools else _tools(body.get("tools")),
         documents=_list_of_objects(body, "documents"),
-        add_generation_prompt=_flag(body, "add_generation_prompt", True),
+        add_generation_prompt=_flag(body, "add_generation_prompt", generates),
         continue_final_message=_flag(body, "continue_final_message", False),
         add_special_tokens=_add_special_tokens(body, kwargs),
         chat_template=template,
         chat_template_kwargs=kwargs,
+        ordered=ordered,
     )
 
 
@@ -141,14 +176,11 @@ def _chat_template_kwargs(body: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _tools(tools: Any) -> list[dict[str, Any]] | None:
-    """Tools in the shape of vLLM's `ChatCompletionToolsParam.model_dump()`: key order and nulls reach the prompt.
-
-    `tool_choice: "none"` keeps them, as vLLM does without `--exclude-tools-when-tool-choice-none`.
-    """
+    """Tools in the shape of vLLM's `ChatCompletionToolsParam.model_dump()`: key order and nulls reach the prompt."""
     if tools is None:
         return None
-    if not isinstance(tools, list) or not tools:
-        raise PromptError("bad_tools", "tools must be a list with at least one tool")
+    if not isinstance(tools, list):
+        raise PromptError("bad_tools", "tools must be a list")
     return [_tool(t) for t in tools]
 
 
@@ -185,10 +217,30 @@ def _completion(body: Mapping[str, Any]) -> list[Prompt]:
         raise PromptError("prompt_embeds", "a prompt given as embeddings has no tokens")
     if body.get("suffix") is not None:
         raise PromptError("bad_field", "suffix is not supported by the engine")
-    prompt = body.get("prompt")
-    if not prompt:
+    if not body.get("prompt"):
         raise PromptError("no_prompt", "the request has neither messages nor a prompt")
-    special = _flag(body, "add_special_tokens", True)
+    return _texts_or_ids(body["prompt"], _flag(body, "add_special_tokens", True))
+
+
+def _generate(body: Mapping[str, Any]) -> list[Prompt]:
+    if body.get("features") or body.get("content_parts"):
+        raise PromptError("media", "where the images are among the token ids is not known")
+    return [_token_prompt(body["token_ids"])]
+
+
+def _pooling(body: Mapping[str, Any], rules: EngineRules) -> list[Prompt]:
+    given = body.get("input")
+    if isinstance(given, list) and given and isinstance(given[0], Mapping):
+        body = {**body, "messages": given}
+    if body.get("messages") is not None:
+        return [_chat(body, rules, generates=False)]
+    if not given:
+        raise PromptError("no_prompt", "the request has no input")
+    return _texts_or_ids(given, _flag(body, "add_special_tokens", True))
+
+
+def _texts_or_ids(prompt: Any, special: bool) -> list[Prompt]:
+    """One text or several, the token ids of one or of several."""
     if isinstance(prompt, str):
         return [TextPrompt(prompt, special)]
     if not isinstance(prompt, list):

@@ -25,7 +25,7 @@ from serve_app.once import RETRY_S, Once
 from serve_app.prompts.encoder import CHARS_PER_TOKEN, Prepared, PromptEncoder
 from serve_app.prompts.prefix_store import EncodedPrompt, PrefixStore
 from serve_app.prompts.tokenizer import Segment
-from serve_app.types import EncodedKeys, EngineSpec
+from serve_app.types import EncodedKeys, EngineSpec, TokenizerSource
 
 logger = logging.getLogger(__name__)
 
@@ -34,7 +34,12 @@ INLINE_CHARS = 4_000  # under a millisecond
 # 55 ms (docs/benchmarks.md), so about 4.4M characters/s. Behind more, text would be tokenized long after its request.
 MAX_PENDING_CHARS = 16 * 2**20
 
-Tokenize = Callable[[str, Sequence[Segment]], Awaitable[list[bytes]]]
+MAX_PREPARING = 8  # large requests at a time, of which one is worked on
+# What a request on the loop may have: parsing, rendering and naming it takes some 3 ms then.
+LIGHT_ITEMS = 4_000  # values in its JSON, however deep
+LIGHT_CHARS = 2**20  # in its strings
+
+Tokenize = Callable[[TokenizerSource, Sequence[Segment]], Awaitable[list[bytes]]]
 """(tokenizer, segments) -> packed token ids of each segment, made elsewhere."""
 
 _Coming = tuple[asyncio.Task[list[bytes]], int]
@@ -73,6 +78,8 @@ class PromptService:
         self._pending_chars = 0
         # Half of the cores at most, so that a burst of cold prompts leaves the event loop one of its own.
         self._threads = ThreadPoolExecutor(max(1, (os.cpu_count() or 1) // 2), "kvcache-tokenize")
+        self._preparers = ThreadPoolExecutor(1, "kvcache-prepare")
+        self._preparing = 0
         self._coming: dict[bytes, _Coming] = {}  # by the segment's digest
         self._tasks: set[asyncio.Task[EncodedPrompt]] = set()
 
@@ -83,7 +90,7 @@ class PromptService:
             PromptError: there is nothing that can be scored; "tokenizer_loading" and "no_tokenizer": not now.
         """
         encoder = await self._loaded(spec)
-        prompts = encoder.prepare(body)
+        prompts = encoder.prepare(body) if is_light(body) else await self._prepare_elsewhere(encoder, body)
         inline = sum(_chars(prepared.missing) for prepared in prompts) < self._inline_chars
         started = [self._start(encoder, prepared, inline) for prepared in prompts]
         tasks = [task for _, task in started if isinstance(task, asyncio.Task)]
@@ -94,7 +101,13 @@ class PromptService:
     def _load(self, spec: EngineSpec) -> PromptEncoder:
         """In a thread. Logs its failure here, once, since any number of requests, or none, may be waiting for it."""
         try:
-            return PromptEncoder(spec, self.store)
+            encoder = PromptEncoder(spec, self.store)
+            if differing := encoder.differing():
+                raise PromptError("unknown_prompt", _unlike(spec, differing))
+            return encoder
+        except PromptError as error:
+            logger.error("kvcache: no request is scored: %s; looked at again after %.0f s", error, RETRY_S)
+            raise
         except Exception:
             logger.exception(
                 "kvcache: tokenizer %r cannot be loaded, so no request is scored; the first after %.0f s tries again",
@@ -109,8 +122,28 @@ class PromptService:
             raise PromptError("tokenizer_loading", f"the tokenizer {spec.tokenizer!r} is being loaded")
         try:
             return await asyncio.shield(loading)
+        except PromptError:
+            raise
         except Exception as error:
             raise PromptError("no_tokenizer", f"the tokenizer cannot be loaded: {error}") from error
+
+    async def _prepare_elsewhere(self, encoder: PromptEncoder, body: Mapping[str, Any]) -> list[Prepared]:
+        """Of a body that would hold the loop for long. It takes what time it takes: the caller has a deadline.
+
+        Raises:
+            PromptError: also "prepare_busy": as many as there may be are under way.
+        """
+        if self._preparing >= MAX_PREPARING:
+            raise PromptError("prepare_busy", f"{MAX_PREPARING} large requests are being prepared")
+        self._preparing += 1
+        work = asyncio.get_running_loop().run_in_executor(self._preparers, encoder.prepare, body)
+        work.add_done_callback(self._prepared)  # with the work, not with who waits for it
+        return await asyncio.shield(work)
+
+    def _prepared(self, work: asyncio.Future[list[Prepared]]) -> None:
+        self._preparing -= 1
+        if not work.cancelled():
+            work.exception()  # who has given up waiting does not look
 
     def _start(self, encoder: PromptEncoder, prepared: Prepared, inline: bool) -> tuple[Prepared, _Outcome]:
         if inline or not _chars(prepared.missing):
@@ -143,7 +176,7 @@ class PromptService:
 
     async def _elsewhere(self, encoder: PromptEncoder, segments: Sequence[Segment]) -> list[bytes]:
         if self._tokenize is not None:
-            return await self._tokenize(encoder.spec.tokenizer, segments)
+            return await self._tokenize(encoder.spec.source, segments)
         return await asyncio.get_running_loop().run_in_executor(self._threads, encoder.tokenize, segments)
 
     def _arrived(self, digests: Sequence[bytes], chars: int) -> None:
@@ -155,6 +188,34 @@ class PromptService:
         self._tasks.discard(task)
         if not task.cancelled() and (error := task.exception()) is not None:
             logger.warning("kvcache: cold text could not be tokenized, known prefixes decide: %r", error)
+
+
+def is_light(body: Mapping[str, Any]) -> bool:
+    """Whether to prepare it takes no more than some milliseconds. Looks at no more than `LIGHT_ITEMS` values."""
+    items, chars = 0, 0
+    left: list[Any] = [body]
+    while left:
+        value = left.pop()
+        if isinstance(value, str):
+            chars += len(value)
+        elif isinstance(value, Mapping):
+            items += len(value)
+            if items <= LIGHT_ITEMS:
+                left.extend(value.values())
+        elif isinstance(value, list):
+            items += len(value)
+            if items <= LIGHT_ITEMS and not (value and type(value[0]) is int):  # token ids have nothing in them
+                left.extend(value)
+        if items > LIGHT_ITEMS or chars > LIGHT_CHARS:
+            return False
+    return True
+
+
+def _unlike(spec: EngineSpec, parts: Sequence[str]) -> str:
+    return (
+        f"prompts made here are not the engine's: {', '.join(parts)} of {spec.tokenizer!r} "
+        f"(revision {spec.revision or 'main'}) differ; give the router the engine's files and versions"
+    )
 
 
 async def _complete(encoder: PromptEncoder, prepared: Prepared, coming: Sequence[_Coming]) -> EncodedPrompt:

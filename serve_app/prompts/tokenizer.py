@@ -17,7 +17,9 @@ from typing import Any
 from serve_app.blocks import pack_tokens
 from serve_app.errors import PromptError
 from serve_app.prompts.cuts import MIN_SEGMENT_CHARS, MIN_TEXT_CHARS, Cutter
-from serve_app.prompts.hf import load_tokenizer
+from serve_app.prompts.hf import load_tokenizer, source_of
+from serve_app.prompts.identity import digest_of_tokenizer
+from serve_app.types import TokenizerSource
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,7 +35,7 @@ class Tokenizer:
 
     def __init__(
         self,
-        source: str | Any,
+        source: str | TokenizerSource | Any,
         min_segment_chars: int = MIN_SEGMENT_CHARS,
         min_text_chars: int = MIN_TEXT_CHARS,
     ) -> None:
@@ -43,13 +45,19 @@ class Tokenizer:
             min_segment_chars: shorter segments are joined with the next, since each costs an entry in the store.
             min_text_chars: before a cut inside ordinary text.
         """
-        backend = load_tokenizer(source).backend_tokenizer if isinstance(source, str) else source
+        if isinstance(source, str | TokenizerSource):
+            source = load_tokenizer(source_of(source)).backend_tokenizer
+        backend = source
         self._backend = copy.deepcopy(backend)  # transformers changes its own between calls
         self._backend.encode_special_tokens = backend.encode_special_tokens  # not part of the copy
         self._backend.no_truncation()
         self._backend.no_padding()
         self.adds_tokens = self._backend.num_special_tokens_to_add(False) > 0
         self.cutter = Cutter(self._backend, min_segment_chars, min_text_chars)
+
+    def digest(self) -> str:
+        """Of all that its ids depend on; takes some 50 ms."""
+        return digest_of_tokenizer(self._backend)
 
     def split(self, text: str, add_special_tokens: bool) -> list[Segment]:
         """Segments that make up `text`.

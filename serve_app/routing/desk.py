@@ -7,12 +7,18 @@ Used on one event loop; it takes what the mirror's thread has put down, and neve
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import logging
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 
 from serve_app.index.mirror import Mirror
 from serve_app.routing.chooser import Chooser
+from serve_app.routing.prediction_check import PredictionCheck
 from serve_app.routing.receipts import Receipt, Receipts
-from serve_app.types import PodId
+from serve_app.types import Epoch, PodId, Served
+
+logger = logging.getLogger(__name__)
 
 
 class Desk:
@@ -21,20 +27,54 @@ class Desk:
     def __init__(self, mirror: Mirror, chooser: Chooser, router: str = "") -> None:
         self.chooser = chooser
         self.receipts = Receipts()
+        self.check = PredictionCheck()
+        self.counters: Counter[str] = Counter()
+        self._epochs: dict[PodId, Epoch] = {}
         self._mirror = mirror
         self._router = router
+
+    def distrusted(self) -> dict[PodId, tuple[Epoch, str]]:
+        """Pods whose predictions do not hold: in which life of the engine, and the likely cause."""
+        epochs = {domain.pod: domain.epoch for domain, _, _ in self._mirror.domains() if domain.pod is not None}
+        for pod, epoch in self._epochs.items():
+            if epochs.get(pod) != epoch:  # what was wrong with an engine's former life says nothing of this one
+                self.check.forget(pod)
+        self._epochs = epochs
+        return {pod: (epochs[pod], cause) for pod, cause in self.check.causes.items() if pod in epochs}
 
     def catch_up(self, pods: Iterable[PodId]) -> list[Receipt]:
         """Take in what has become known since the last call. Returns the receipts that are complete now."""
         complete: list[Receipt] = []
         for pod, served in self._mirror.served():
-            self.chooser.served(pod, served)
-            complete += [done for one in served if (done := self.receipts.close(pod, one)) is not None]
+            with self._one_item("what a pod has served"):
+                complete += self._served(pod, served)
         for router, route in self._mirror.routed():
             if router != self._router:
-                self.chooser.routed(route.pod, route.keys, route.tokens, route.at_s)
+                with self._one_item("what a router has routed"):
+                    self.chooser.routed(route.pod, route.keys, route.tokens, route.at_s)
         for pod in pods:
             load = self._mirror.load(pod)
             if load is not None:
                 self.chooser.loaded(pod, load)
         return complete
+
+    def _served(self, pod: PodId, served: Sequence[Served]) -> list[Receipt]:
+        """The receipts of these requests."""
+        self.chooser.served(pod, served)
+        spec, complete = self._mirror.spec(), []
+        for done, expected in filter(None, (self.receipts.close(pod, one) for one in served)):
+            complete.append(done)
+            if spec is not None:
+                came = not expected or self._mirror.held([pod], expected)[0]
+                self.check.observe(done, spec.block_size, came=came)
+        return complete
+
+    @contextmanager
+    def _one_item(self, what: str) -> Iterator[None]:
+        """What one pod or router has said cannot keep the others' from being taken in."""
+        try:
+            yield
+        except Exception:
+            self.counters["skipped_items"] += 1
+            if self.counters["skipped_items"] == 1:
+                logger.exception("%s cannot be taken in; it is skipped, as all further ones are, and counted", what)

@@ -11,12 +11,14 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Mapping
+from typing import NamedTuple
 
 import msgspec
 
 from serve_app.accounting import most_usable_tokens
+from serve_app.blocks import KEY_BYTES
 from serve_app.routing.choice import Choice
-from serve_app.types import Found, PodId, Served
+from serve_app.types import BlockKeys, Found, PodId, Served
 
 OPEN_MAX = 4096
 
@@ -93,41 +95,59 @@ def predicted_tokens(found: Found, pod: PodId, choice: Choice) -> int:
     return min(held, most_usable_tokens(found.prompt_tokens, found.block_size))
 
 
+def last_expected(found: Found | None, pod: PodId, choice: Choice) -> BlockKeys:
+    """Key of the last block that the pod did not hold and was expected to hold by the request's turn; or nothing."""
+    expected = choice.held_tokens.get(pod, 0)
+    if found is None or len(found.prompts) != 1 or expected <= sum(found.matched_tokens(pod).values()):
+        return b""
+    end = expected // found.block_size * KEY_BYTES
+    return found.prompts[0].keys[end - KEY_BYTES : end]
+
+
+class Open(NamedTuple):
+    """A receipt that the engine has not told of, or that is complete now."""
+
+    receipt: Receipt
+    expected: BlockKeys = b""  # see `last_expected`: by now the index must know of it
+
+
 class Receipts:
     """Open receipts of one router, by request id."""
 
     def __init__(self) -> None:
-        self._open: OrderedDict[str, Receipt] = OrderedDict()
+        self._open: OrderedDict[str, Open] = OrderedDict()
 
-    def open(self, new: Receipt, *, again: bool = False) -> Receipt | None:
+    def open(self, new: Receipt, expected: BlockKeys = b"", *, again: bool = False) -> Receipt | None:
         """Returns the oldest one if it has to go, as it is.
 
         Args:
+            expected: `last_expected` of the decision.
             again: it is the same request, decided once more. Without that, two of one id are two requests of a client
                 that gives several the same `x-request-id`: the engine's figures tell them not apart, so both go.
         """
         if not again and self._open.pop(new.request_id, None) is not None:
             return None
-        self._open[new.request_id] = new
-        return self._open.popitem(last=False)[1] if len(self._open) > OPEN_MAX else None
+        self._open[new.request_id] = Open(new, expected)
+        return self._open.popitem(last=False)[1].receipt if len(self._open) > OPEN_MAX else None
 
     def moved(self, request_id: str, pod: PodId) -> None:
         """The first choice refused the request, and `pod` got it."""
         if (known := self._open.get(request_id)) is not None:
-            self._open[request_id] = msgspec.structs.replace(known, chosen=str(pod), refused_by=known.chosen)
+            before = known.receipt
+            self._open[request_id] = Open(msgspec.structs.replace(before, chosen=str(pod), refused_by=before.chosen))
 
-    def close(self, pod: PodId, served: Served) -> Receipt | None:
+    def close(self, pod: PodId, served: Served) -> Open | None:
         """The receipt of a request that `pod` has served, completed; None if it was not routed here."""
         found = self._open.pop(_request_id(served.request_id, self._open), None)
-        if found is None or found.chosen != pod:
+        if found is None or found.receipt.chosen != pod:
             return found
         actual = Actual(
             served.prompt_tokens, served.cached_tokens, round(served.queued_s, 6), round(served.prefill_s, 6)
         )
-        return msgspec.structs.replace(found, actual=actual)
+        return found._replace(receipt=msgspec.structs.replace(found.receipt, actual=actual))
 
 
-def _request_id(engine_id: str, known: Mapping[str, Receipt]) -> str:
+def _request_id(engine_id: str, known: Mapping[str, Open]) -> str:
     """`chatcmpl-ID`, `cmpl-ID-0` -> ID."""
     own = engine_id.partition("-")[2]
     return own if own in known else own.rpartition("-")[0]

@@ -30,6 +30,7 @@ def server() -> Iterator[ValkeyServer]:
             _, name, *rules = line.split()
             if name != "default":
                 admin.execute_command("ACL", "SETUSER", name, *rules)
+        admin.execute_command("ACL", "SETUSER", "admin", "on", ">x", "+@all")
         admin.execute_command("ACL", "SETUSER", "default", "off")
         yield server
     server.stop()
@@ -111,3 +112,32 @@ def test_a_wrong_password_is_an_error_that_says_so(server: ValkeyServer) -> None
     with pytest.raises(StoreError, match=r"(?i)username-password"):
         writer.join(pod("a"))
     writer.close()
+
+
+def test_a_publisher_can_be_confined_to_its_pods_sets_and_lease(server: ValkeyServer) -> None:
+    """By key patterns. What they cannot confine is one key for all pods: SECURITY.md says so."""
+    rights = next(line for line in USERS.read_text().splitlines() if " kvcache-writer " in line)
+    shared = [f"~kv:{{{MODEL}}}:{name}" for name in ("domains", "seqs", "log")]
+    own = [f"~kv:{{{MODEL}}}:lease:a", f"~kv:{{{MODEL}}}:blocks:a:*"]
+    rules = [rule for rule in rights.split()[2:] if not rule.startswith(("~", ">"))]
+    with redis.Redis(port=server.port, username="admin", password="x") as admin:
+        admin.execute_command("ACL", "SETUSER", "kvcache-pod-a", *rules, ">change-me-pod-a", *shared, *own)
+    mirror = Mirror(url(server, "reader"), MODEL)
+    mirror.start()
+    assert mirror.wait_ready(5)
+    own_pod = RedisWriter(url(server, "pod-a"), MODEL)
+    own_pod.join(pod("a"))
+    own_pod.add(DomainId("a"), Epoch(1), GPU, keys(1, 2))
+    own_pod.flush()
+    assert own_pod.heartbeat(DomainId("a"), HeartbeatRecord(1))
+    eventually(lambda: mirror.match(keys(1, 2), [PodId("a")])[PodId("a")].total_tokens == 8)
+    other = RedisWriter(url(server, "pod-a"), MODEL)
+    other.join(pod("b"))  # `domains` and `log` are one key for all pods: this cannot be kept from it
+    other.flush()
+    other.add(DomainId("b"), Epoch(1), GPU, keys(1, 2))
+    with pytest.raises(StoreError, match="permission"):
+        other.flush()
+    with pytest.raises(StoreError, match="permission"):
+        other.heartbeat(DomainId("b"), HeartbeatRecord(1))
+    for closable in (mirror, own_pod, other):
+        closable.close()

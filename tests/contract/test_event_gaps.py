@@ -258,3 +258,24 @@ def test_a_lost_node_is_in_no_mirror_within_five_seconds_and_exact_when_it_is_ba
     eventually(lambda: mirror.trust(POD) is Trust.EXACT)
     publisher.kill()
     engine.stop()
+
+
+@pytest.mark.parametrize("number", [b"", b"\x00" * 16, b"\xff" * 8, b"\x80" + b"\x00" * 7])
+def test_a_sequence_number_that_cannot_be_one_is_skipped(tmp_path: Path, number: bytes) -> None:
+    endpoint, replay_endpoint = f"ipc://{tmp_path}/events", f"ipc://{tmp_path}/replay"
+    context: zmq.Context[zmq.Socket[bytes]] = zmq.Context.instance()
+    with context.socket(zmq.PUB) as events, context.socket(zmq.ROUTER) as replay:
+        events.bind(endpoint)
+        replay.bind(replay_endpoint)
+        source = EventSource(endpoint)
+        received: list[Received] = []
+
+        def hears() -> bool:
+            events.send_multipart((b"", number, b"bad"))
+            events.send_multipart((b"", len(received).to_bytes(8, "big"), b"good"))
+            received.extend(source.read(10))
+            return len(received) > 2
+
+        eventually(hears)
+        assert {one.payload for one in received if one.payload is not None} == {b"good"}
+        source.close()

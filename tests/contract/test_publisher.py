@@ -83,9 +83,9 @@ def test_the_room_that_is_left_in_the_cache_reaches_the_mirror(engine: Engine, r
     publisher = PublisherProcess(engine, redis_url, capacity=10)
     publisher.tell(msgspec.json.encode(Feed(1)))  # and then only the cache changes
     for act, unused in (
-        (lambda: engine.store(range(4 * SIZE)), 6),
-        (lambda: engine.remove(range(SIZE)), 7),
-        (lambda: engine.send(AllBlocksCleared()), 10),
+        (lambda: engine.store(range(4 * SIZE)), 5),
+        (lambda: engine.remove(range(SIZE)), 6),
+        (lambda: engine.send(AllBlocksCleared()), 9),
         (lambda: engine.store(range(12 * SIZE)), 0),  # no less than none
     ):
         act()
@@ -231,3 +231,13 @@ def test_without_a_replay_socket_the_loss_is_counted(engine: Engine) -> None:
     eventually(read)
     assert received[0].lost == received[0].seq >= 5
     source.close()
+
+
+def test_more_blocks_than_the_engine_has_are_never_exact(engine: Engine, redis_url: str, mirror: Mirror) -> None:
+    publisher = PublisherProcess(engine, redis_url, capacity=5)
+    engine.store(range(4 * SIZE))
+    eventually(lambda: matched(mirror, range(4 * SIZE)) == 4 * SIZE, 15)
+    assert mirror.trust(POD) is Trust.EXACT
+    engine.store(range(100, 100 + 2 * SIZE))  # and nothing was removed
+    eventually(lambda: mirror.trust(POD) is Trust.DEGRADED)
+    publisher.kill()

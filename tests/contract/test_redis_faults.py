@@ -25,7 +25,7 @@ from serve_app.index.keyspace import LOG_FIELD, HeartbeatRecord, Keyspace, LogRe
 from serve_app.index.mirror import Mirror
 from serve_app.index.redis_writer import RedisWriter
 from serve_app.index.router_log import RouterLog
-from serve_app.types import GPU, BlockKeys, DomainId, Epoch, PodId
+from serve_app.types import GPU, BlockKeys, DomainId, Epoch, PodId, Trust
 from tests.engine import MODEL, POD, SIZE, Engine, PublisherProcess, engine_hash, prompt
 from tests.helpers import eventually, keys, pod
 from tests.proxy import Proxy
@@ -221,8 +221,8 @@ def test_a_publisher_that_hangs_stops_counting_and_goes_on(fleet: Fleet) -> None
 
 
 def test_answers_that_take_a_second(fleet: Fleet) -> None:
-    """Leases hold, changes arrive."""
-    fleet.to_publisher.delay_s = fleet.to_mirror.delay_s = 1.0
+    """Leases hold, changes arrive. They arrive late, so none is called exact."""
+    fleet.to_publisher.delay_s = fleet.to_mirror.delay_s = 1.2
     fleet.store(20, 21)
     fleet.remove(3, 4)
     eventually(lambda: fleet.is_exact(fleet.mirror), HEAL_S)
@@ -230,9 +230,12 @@ def test_answers_that_take_a_second(fleet: Fleet) -> None:
     while time.monotonic() < watched_until_s:
         assert fleet.mirror.pods() == [POD]
         assert fleet.mirror.stale_for_s() < 8
+        assert fleet.mirror.trust(POD) is Trust.STALE
         time.sleep(0.05)
+    fleet.to_publisher.delay_s = fleet.to_mirror.delay_s = 0.0
     fleet.store(22)
     fleet.settle()
+    eventually(lambda: fleet.mirror.trust(POD) is Trust.EXACT, HEAL_S)
     assert fleet.mirror.counters["gaps"] == 0
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -93,3 +94,20 @@ def test_of_two_publishers_one_stands_by(tmp_path: Path, redis_url: str, mirror:
     eventually(lambda: matched(mirror, range(8)) == 8, 15)
     for engine in engines:
         engine.stop()
+
+
+@pytest.mark.parametrize("field", ["domains", "seqs"])
+def test_a_record_that_somebody_spoils_is_written_anew(redis_url: str, field: str) -> None:
+    writer = RedisWriter(redis_url, MODEL)
+    domain = replace(pod("a"), epoch=writer.next_epoch(DomainId("a")))
+    writer.join(domain)
+    writer.flush()
+    assert writer.heartbeat(domain.id, HeartbeatRecord(domain.epoch))
+    with redis.Redis.from_url(redis_url) as client:
+        client.hset(getattr(KEYS, field), domain.id, b"\xc1 no record")
+    assert not writer.heartbeat(domain.id, HeartbeatRecord(domain.epoch))  # the publisher joins again
+    again = replace(domain, epoch=writer.next_epoch(domain.id, domain.epoch))
+    writer.join(again)
+    writer.flush()
+    assert writer.heartbeat(domain.id, HeartbeatRecord(again.epoch))
+    writer.close()

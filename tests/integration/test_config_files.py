@@ -18,6 +18,7 @@ from ray.serve.schema import ServeDeploySchema
 from serve_app.app import build_kvcache, build_llm
 from serve_app.config import GraphArgs, LLMArgs
 from serve_app.errors import ConfigError
+from serve_app.model import fast_dtype
 
 pytestmark = pytest.mark.integration
 
@@ -82,3 +83,17 @@ def test_the_graph_has_its_stages_and_a_redis_only_if_asked_for(redis_url: str, 
     graph = build_app(build_kvcache(GraphArgs(model="m", redis_url=redis_url)), name="kvcache")
     stages = {"Scorer", "PrefixStore", "Tokenizer", "BlockIndex"}
     assert {deployment.name for deployment in graph.deployments} == stages | ({"EmbeddedRedis"} if embedded else set())
+
+
+@pytest.mark.parametrize(
+    ("engine", "dtype"), [({"accelerator_config": {"kind": "cpu"}}, fast_dtype()), ({}, None)], ids=["cpu", "gpu"]
+)
+def test_engines_on_a_cpu_get_numbers_that_it_is_fast_with(engine: dict[str, Any], dtype: str | None) -> None:
+    def used(**engine_kwargs: Any) -> Any:
+        llm = {"model_loading_config": {"model_id": "m"}, "engine_kwargs": engine_kwargs, **engine}
+        deployments = build_app(build_llm(LLMArgs(llm=llm)), name="llm").deployments
+        (replica,) = (each for each in deployments if each.name.startswith("VLLMReplica"))
+        return replica.init_kwargs["llm_config"].engine_kwargs.get("dtype")
+
+    assert used() == dtype
+    assert used(dtype="bfloat16") == "bfloat16"

@@ -12,6 +12,7 @@ import psutil
 import pytest
 
 from serve_app import local_stack
+from serve_app.model import fast_dtype
 from tests.helpers import eventually
 from tests.integration.conftest import Start, config
 
@@ -97,7 +98,8 @@ def stack(start_stack: Start) -> Stack:
     loaded = config("quickstart-lmcache.yaml")
     args = loaded["applications"][1]["args"]
     args["llm"]["runtime_env"]["env_vars"]["VLLM_SERVER_DEV_MODE"] = "1"  # for /reset_prefix_cache
-    args["lmcache"]["size_gb"] = 0.06  # some 2,500 tokens of this model
+    # Some 2,500 tokens of this model, in either kind of numbers.
+    args["lmcache"]["size_gb"] = 0.12 if fast_dtype() == "float32" else 0.06
     return Stack(start_stack(loaded, direct=True))
 
 

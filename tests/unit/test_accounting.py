@@ -70,3 +70,18 @@ def test_prompt_logprobs_are_computed_with_the_prompt(body: dict[str, Any], read
 )
 def test_usage_speaks_for_one_sequence(body: dict[str, Any], one: bool) -> None:
     assert is_one_sequence(body) is one
+
+
+def test_sampling_parameters_of_a_generate_request() -> None:
+    def body(**sampling: object) -> dict[str, object]:
+        return {"token_ids": [1], "sampling_params": sampling}
+
+    assert reads_cache(body())
+    assert not reads_cache(body(prompt_logprobs=0))
+    assert is_one_sequence(body(n=1))
+    assert not is_one_sequence(body(n=2))
+
+
+def test_several_inputs_are_several_sequences() -> None:
+    assert not is_one_sequence({"input": ["a", "b"]})
+    assert is_one_sequence({"input": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]})

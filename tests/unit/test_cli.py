@@ -70,6 +70,14 @@ def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> 
         (("--engine", "tcp://*:5557"), "--engine 'tcp://*:5557' is no address"),
         ((*ENGINE, "--replay", "tcp://*:5558"), "--replay 'tcp://*:5558' is no address"),
         ((*ENGINE, "--chat-template", "/missing.jinja"), "--chat-template /missing.jinja cannot be read"),
+        (
+            (*ENGINE, "--data-parallel-size", "4", "--rank", "4"),
+            "--rank 4: with --data-parallel-size 4 the last one is 3",
+        ),
+        (
+            ("--engine", "ipc:///tmp/events", "--data-parallel-size", "2"),
+            "data parallel ranks publish on tcp://HOST:PORT",
+        ),
     ],
 )
 def test_publish_names_the_option_that_is_wrong(run: Run, options: tuple[str, ...], expected: str) -> None:

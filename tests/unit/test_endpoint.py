@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import pytest
+from vllm.distributed.kv_events import ZmqEventPublisher
 
 from serve_app.errors import ConfigError
-from serve_app.events.endpoint import SILENT_AFTER_S, SilenceWatch, check_endpoint
+from serve_app.events.endpoint import SILENT_AFTER_S, SilenceWatch, check_endpoint, endpoint_of_rank
 
 START_S = 1000.0
 
@@ -38,3 +39,19 @@ def test_a_silence_is_told_once_and_the_next_one_again() -> None:
     assert told(1002, True, True) == told(1010, True, True) == ""
     assert told(2000, False, True) == ""  # ... and then it does not come back
     assert told(2000 + SILENT_AFTER_S, False, True) == "absent"
+
+
+ENDPOINTS = ["tcp://*:5557", "tcp://127.0.0.1:5557", "tcp://[::ffff:127.0.0.1]:5557"]
+
+
+@pytest.mark.parametrize("endpoint", ENDPOINTS)
+def test_ranks_are_where_vllm_puts_them(endpoint: str) -> None:
+    for rank in (0, 1, 2, 17):
+        assert endpoint_of_rank(endpoint, rank) == ZmqEventPublisher.offset_endpoint_port(endpoint, rank)
+
+
+@pytest.mark.parametrize("endpoint", ["ipc:///tmp/events", "tcp://host", "inproc://events"])
+def test_where_vllm_gives_ranks_no_port_is_said_so(endpoint: str) -> None:
+    assert endpoint_of_rank(endpoint, 0) == endpoint
+    with pytest.raises(ConfigError, match="port \\+ n"):
+        endpoint_of_rank(endpoint, 1)

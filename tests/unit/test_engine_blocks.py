@@ -149,7 +149,7 @@ def test_what_cannot_be_understood_is_skipped_and_counted() -> None:
         "unknown_parent": 1,
         "block_size": 2,
         "token_count": 1,
-        "other_cache_group": 2,
+        "group_index": 2,
         "extra_keys": 1,
         "unknown_block": 1,
     }

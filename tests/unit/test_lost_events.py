@@ -107,11 +107,11 @@ def test_how_much_is_unused_is_not_known_in_doubt_or_without_the_capacity() -> N
     events = pool.ask([1] * (4 * SIZE))
     blocks.apply(events)
     unknown.apply(events)
-    assert (blocks.unused, unknown.unused) == (CAPACITY - len(pool.held), 0)
+    assert (blocks.unused, unknown.unused) == (CAPACITY - 1 - len(pool.held), 0)
     blocks.doubt()
     assert blocks.unused == 0
     blocks.clear()
-    assert blocks.unused == CAPACITY
+    assert blocks.unused == CAPACITY - 1
 
 
 def test_without_a_known_capacity_the_doubt_stays() -> None:

@@ -62,3 +62,20 @@ async def test_who_does_not_wait_finds_it_made_later() -> None:
     assert not making.done()
     assert await once(1) == 2
     assert once.start(1) is making
+
+
+async def test_only_the_last_ones_are_kept() -> None:
+    made: list[int] = []
+
+    def make(key: int) -> int:
+        made.append(key)
+        return key
+
+    once: Once[int, int] = Once(make, kept_max=2)
+    for key in (1, 2, 1, 3):
+        assert await once(key) == key
+    assert await once(1) == 1
+    assert made == [1, 2, 3]  # 2 had not been asked for the longest
+    assert await once(2) == 2
+    assert made == [1, 2, 3, 2]
+    assert len(once._tasks) == 2

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import msgspec
@@ -12,7 +13,9 @@ from ray.exceptions import RayActorError
 from starlette.requests import Request
 from starlette.responses import JSONResponse
 
+from serve_app.access import hash_key
 from serve_app.config import GraphArgs
+from serve_app.deployments.listening import is_loopback
 from serve_app.deployments.scorer import Scorer
 from serve_app.errors import PromptError
 from serve_app.types import EncodedKeys, EngineSpec, ModelId
@@ -42,16 +45,28 @@ def failing(error: Exception) -> Callable[[], Any]:
     return fail
 
 
-async def ask(body: bytes, encode: Callable[[], Any], spec: Callable[[], Any] = lambda: SPEC) -> tuple[int, str]:
-    """Status and code of the answer to `body`."""
+def scorer_of(encode: Callable[[], Any], spec: Callable[[], Any] = lambda: SPEC, **settings: Any) -> Any:
+    plain = Scorer.__mro__[1]  # as it is written, without the server that Serve puts around it
+    return plain(GraphArgs(model="m", **settings), Handle(encode), Handle(spec))
+
+
+async def answer_of(scorer: Any, body: bytes, key: str = "") -> JSONResponse:
 
     async def receive() -> dict[str, Any]:
         return {"type": "http.request", "body": body, "more_body": False}
 
-    plain = Scorer.__mro__[1]  # as it is written, without the server that Serve puts around it
-    scorer = plain(GraphArgs(model="m"), Handle(encode), Handle(spec))
-    answer = await scorer.score(Request({"type": "http", "method": "POST", "headers": []}, receive))
+    headers = [(b"authorization", f"Bearer {key}".encode())] if key else []
+    answer = await scorer.score(Request({"type": "http", "method": "POST", "headers": headers}, receive))
     assert isinstance(answer, JSONResponse)
+    return answer
+
+
+async def ask(body: bytes, encode: Callable[[], Any], spec: Callable[[], Any] = lambda: SPEC) -> tuple[int, str]:
+    """Status and code of the answer to `body`."""
+    return told(await answer_of(scorer_of(encode, spec), body))
+
+
+def told(answer: JSONResponse) -> tuple[int, str]:
     error = msgspec.json.decode(bytes(answer.body))["error"]
     assert error["message"]
     return answer.status_code, error["code"]
@@ -61,16 +76,60 @@ def unused() -> list[EncodedKeys]:
     raise AssertionError("the body has been taken for a prompt")
 
 
-@pytest.mark.parametrize(
-    "body", [b"", b"[]", b"{", b'{"strategy": "x"}', b'{"prompt": ' + b"[" * 5000 + b"]" * 5000 + b"}"]
-)
+@pytest.mark.parametrize("body", [b"", b"[]", b"{", b'{"strategy": "x"}', b"\xff", b'{"prompt": "a", "pods": 1}'])
 async def test_a_body_that_is_no_request(body: bytes) -> None:
     assert await ask(body, unused) == (400, "invalid_request")
 
 
-async def test_a_body_too_nested_for_the_next_stage() -> None:
-    body = b'{"prompt": "a", "x": ' + b"[" * 900 + b"]" * 900 + b"}"
-    assert await ask(body, unused) == (400, "invalid_request")
+@pytest.mark.parametrize("levels", [64, 900, 10_000])
+async def test_a_body_that_is_nested_too_deeply(levels: int) -> None:
+    body = b'{"prompt": "a", "x": ' + b"[" * levels + b"]" * levels + b"}"
+    assert await ask(body, unused) == (422, "body_too_deep")
+
+
+async def test_a_body_that_is_too_long_or_asks_too_much() -> None:
+    limits = {"body_bytes": 1000, "prompts": 2}
+    for body, expected in (
+        (b'{"prompt": "' + b"x" * 1000 + b'"}', (413, "body_too_long")),
+        (b'{"prompt": ["a", "b", "c"]}', (422, "many_prompts")),
+        (b'{"prompt": "a", "pods": ["' + b"p" * 200 + b'"]}', (422, "too_long")),
+    ):
+        assert told(await answer_of(scorer_of(unused, limits=limits), body)) == expected
+
+
+async def test_who_asks_too_often_is_told_when_to_come_back() -> None:
+    scorer = scorer_of(lambda: PromptError("bad_messages", "because"), limits={"scores_per_s": 1})
+    assert (await answer_of(scorer, CHAT)).status_code == 400
+    answer = await answer_of(scorer, CHAT)
+    assert told(answer) == (429, "too_many_requests")
+    assert answer.headers["retry-after"] == "1"
+
+
+async def test_a_score_wants_the_key_of_its_salt(tmp_path: Path) -> None:
+    """Without, anybody could find out which prompts of others are cached."""
+    (tmp_path / "keys").write_text(f"keys: [{{name: a, sha256: {hash_key('secret')}, salts: [mine]}}]")
+    scorer = scorer_of(lambda: PromptError("bad_messages", "because"), auth={"keys_file": str(tmp_path / "keys")})
+    mine, others = (b'{"prompt": "a", "cache_salt": "%s"}' % salt for salt in (b"mine", b"others"))
+    for key, body, status in (
+        ("", mine, 401),
+        ("wrong", mine, 401),
+        ("secret", others, 403),
+        ("secret", b'{"prompt": "a"}', 403),
+        ("secret", mine, 400),
+    ):
+        assert (await answer_of(scorer, body, key)).status_code == status, (key, body)
+    for endpoint in (scorer.pods, scorer.receipts):
+        for headers, status in (([], 401), ([(b"authorization", b"Bearer secret")], 403)):
+            answer = await endpoint(Request({"type": "http", "method": "GET", "headers": headers}))
+            assert answer.status_code == status
+
+
+@pytest.mark.parametrize(
+    ("host", "loopback"),
+    [("127.0.0.1", True), ("::1", True), ("localhost", True), ("0.0.0.0", False), ("::", False), ("kv.example", False)],
+)
+def test_where_a_start_up_warning_is_due(host: str, loopback: bool) -> None:
+    assert is_loopback(host) == loopback
 
 
 @pytest.mark.parametrize(

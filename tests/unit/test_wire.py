@@ -62,8 +62,8 @@ def test_bytes_of_vllm_itself() -> None:
         (["BlockStored", [11], None, [1, 2], 2, None], BlockStored([11], None, [1, 2], 2)),
         (["BlockStored", [11], 10, [1, 2], 2, 3, "CPU"], BlockStored([11], 10, [1, 2], 2, 3, "CPU")),
         (
-            ["BlockStored", [11], 10, [1, 2], 2, None, "GPU", "x", None, 0, "of a later version"],
-            BlockStored([11], 10, [1, 2], 2, None, "GPU", "x", None, 0),
+            ["BlockStored", [11], 10, [1, 2], 2, None, "GPU", "x", None, 0, "mamba", None, "of a later version"],
+            BlockStored([11], 10, [1, 2], 2, None, "GPU", "x", None, 0, "mamba"),
         ),
         (["BlockRemoved", [11, 12]], BlockRemoved([11, 12])),
         (["BlockRemoved", [11], "GPU"], BlockRemoved([11], "GPU")),

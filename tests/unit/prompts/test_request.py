@@ -5,7 +5,15 @@ from typing import Any
 import pytest
 
 from serve_app.errors import PromptError
-from serve_app.prompts.request import MAX_PROMPTS, ChatPrompt, TextPrompt, TokenPrompt, namespace_of, parse_request
+from serve_app.prompts.request import (
+    MAX_PROMPTS,
+    ChatPrompt,
+    EngineRules,
+    TextPrompt,
+    TokenPrompt,
+    namespace_of,
+    parse_request,
+)
 from serve_app.types import ModelId
 
 USER = {"role": "user", "content": "hi"}
@@ -60,6 +68,35 @@ def test_tools_as_vllm_dumps_them() -> None:
 def test_tools_stay_when_none_may_be_chosen() -> None:
     tools = [{"type": "function", "function": {"name": "f"}}]
     assert chat(tools=tools, tool_choice="none").tools == chat(tools=tools).tools
+
+
+def test_tools_go_when_the_engine_excludes_them() -> None:
+    body = {"messages": [USER], "tools": [{"function": {"name": "f"}}]}
+    rules = EngineRules(excludes_tools=True)
+    (none,) = parse_request({**body, "tool_choice": "none"}, rules)
+    (auto,) = parse_request({**body, "tool_choice": "auto"}, rules)
+    assert isinstance(none, ChatPrompt)
+    assert isinstance(auto, ChatPrompt)
+    assert none.tools is None
+    assert auto.tools is not None
+
+
+def test_token_ids_of_a_generate_request() -> None:
+    assert parse_request({"token_ids": [1, 2], "sampling_params": {}}) == [TokenPrompt([1, 2])]
+
+
+@pytest.mark.parametrize(
+    ("body", "expected"),
+    [
+        ({"input": "a"}, [TextPrompt("a")]),
+        ({"input": ["a", "b"]}, [TextPrompt("a"), TextPrompt("b")]),
+        ({"input": [[1], [2, 3]]}, [TokenPrompt([1]), TokenPrompt([2, 3])]),
+        ({"messages": [USER]}, [ChatPrompt([USER], add_generation_prompt=False)]),
+        ({"input": [USER]}, [ChatPrompt([USER], add_generation_prompt=False)]),
+    ],
+)
+def test_a_pooling_model_embeds_its_input(body: dict[str, Any], expected: Any) -> None:
+    assert parse_request(body, EngineRules(pooling=True)) == expected
 
 
 def test_deferred_tools() -> None:
@@ -123,7 +160,16 @@ def test_token_ids_of_the_prefill_stage() -> None:
         ({"messages": [USER], "tools": [{"function": {"name": "f"}, "defer_loading": 1}]}, "bad_tools"),
         ({"messages": [USER], "tools": [{"function": {"name": "f", "parameters": []}}]}, "bad_tools"),
         ({"messages": [USER], "prompt": "hi"}, "ambiguous"),
-        ({"messages": [USER], "system": "hi"}, "ambiguous"),
+        ({"messages": [USER], "input": "hi"}, "ambiguous"),
+        ({"messages": [USER], "token_ids": [1]}, "ambiguous"),
+        ({"input": "and now?", "previous_response_id": "resp_1"}, "stored_response"),
+        ({"input": "hi", "truncation": "auto"}, "truncated"),
+        ({"input": "hi", "truncation": None}, "truncated"),
+        ({"token_ids": [1], "features": {"mm_hashes": {}}}, "media"),
+        ({"token_ids": [1, "a"]}, "bad_prompt"),
+        ({"text_1": "a", "text_2": ["b"]}, "pairs"),
+        ({"query": "a", "documents": ["b"]}, "pairs"),
+        ({"tokens": [1]}, "no_prompt"),
         ({"messages": [USER], "chat_template_kwargs": {"tokenize": True, "truncation": True}}, "truncated"),
         ({"messages": [USER], "documents": ["d"]}, "bad_field"),
         ({"messages": [USER], "chat_template": 1}, "bad_field"),

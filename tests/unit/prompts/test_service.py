@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,7 @@ import pytest
 from serve_app.errors import PromptError
 from serve_app.prompts.encoder import PromptEncoder
 from serve_app.prompts.prefix_store import PrefixStore
-from serve_app.prompts.service import PromptService
+from serve_app.prompts.service import MAX_PREPARING, PromptService, is_light
 from serve_app.prompts.tokenizer import Segment, Tokenizer
 from serve_app.types import EncodedKeys, EngineSpec, ModelId
 
@@ -181,3 +182,71 @@ async def test_a_tokenizer_that_cannot_be_loaded_is_tried_and_logged_once(
         f"kvcache: tokenizer {spec.tokenizer!r} cannot be loaded, so no request is scored; "
         "the first after 30 s tries again"
     ]
+
+
+HEAVY: dict[str, dict[str, Any]] = {
+    "messages": {"messages": [{"role": "user", "content": f"line {n}"} for n in range(20_000)]},
+    "tools": {
+        "messages": [{"role": "user", "content": "hello"}],
+        "tools": [
+            {"type": "function", "function": {"name": f"f{n}", "parameters": {"description": "x" * 40}}}
+            for n in range(8_000)
+        ],
+    },
+    "token ids": {"prompt": list(range(1_500_000))},
+    "text": {"prompt": "The river rose in the night. " * 100_000},
+    "prompts of many ids": {"prompt": [list(range(30_000)) for _ in range(50)]},
+}
+
+
+@pytest.mark.parametrize("body", HEAVY.values(), ids=HEAVY)
+async def test_a_large_request_does_not_hold_the_loop(spec: EngineSpec, body: dict[str, Any]) -> None:
+    service = PromptService(PrefixStore(10**8), deadline_s=5.0)
+    await service.encoder(spec)
+    assert not is_light(body)
+    ticks, done = 0, asyncio.Event()
+
+    async def others() -> None:
+        nonlocal ticks
+        while not done.is_set():
+            await asyncio.sleep(0.005)
+            ticks += 1
+
+    watcher = asyncio.create_task(others())
+    started_s = time.perf_counter()
+    keys = await service.encode(body, spec)
+    took_s = time.perf_counter() - started_s
+    done.set()
+    await watcher
+    assert keys
+    assert all(one.complete for one in keys)
+    assert ticks >= took_s / 0.1 - 1  # the others had their turns meanwhile
+
+
+async def test_no_more_large_requests_are_prepared_than_there_may_be(spec: EngineSpec) -> None:
+    service = PromptService(PrefixStore(10**8), deadline_s=5.0)
+    await service.encoder(spec)
+    body = HEAVY["messages"]
+    given_up = [asyncio.create_task(service.encode(body, spec)) for _ in range(MAX_PREPARING)]
+    await asyncio.sleep(0)
+    for task in given_up[1:]:  # who gives up does not make room: the work goes on
+        task.cancel()
+    with pytest.raises(PromptError) as refused:
+        await service.encode(body, spec)
+    assert refused.value.reason == "prepare_busy"
+    assert (await service.encode(chat("short"), spec))[0].complete  # others are not kept
+    await given_up[0]
+    while service._preparing:  # noqa: ASYNC110  # a count, not an event
+        await asyncio.sleep(0.01)
+    assert (await service.encode(body, spec))[0].complete
+
+
+def test_ordinary_requests_are_light() -> None:
+    turns = [{"role": "user", "content": "x" * 600} for _ in range(400)]
+    tool = {"type": "function", "function": {"name": "f", "parameters": {"properties": {"a": {"type": "string"}}}}}
+    assert is_light({"model": "m", "messages": turns, "tools": [tool] * 60})
+    assert is_light({"model": "m", "prompt": "x" * 2**19})
+    deep: Any = "end"
+    for _ in range(10_000):
+        deep = [deep]
+    assert not is_light({"messages": deep})

@@ -1,5 +1,9 @@
 """A receipt per decision, completed by the engine's own figures."""
 
+import base64
+
+import msgspec
+
 from serve_app.routing.choice import Choice, Cost, Outcome
 from serve_app.routing.receipts import OPEN_MAX, Receipts, predicted_tokens, receipt
 from serve_app.types import CPU, GPU, EncodedKeys, Found, PodId, PodMatch, Served
@@ -40,11 +44,12 @@ def test_the_engines_figures_complete_it_by_request_id() -> None:
         receipts.open(receipt(request_id, "r", 5.0, 0.0, A, choice(), found()))
     chat = receipts.close(A, Served("chatcmpl-4f-2a", 1000, 320, 0.1, 0.5))
     assert chat is not None
-    assert chat.actual is not None
-    assert (chat.request_id, chat.actual.cached_tokens, chat.actual.prefill_s) == ("4f-2a", 320, 0.5)
+    assert chat.receipt.actual is not None
+    assert chat.receipt.request_id == "4f-2a"
+    assert (chat.receipt.actual.cached_tokens, chat.receipt.actual.prefill_s) == (320, 0.5)
     completion = receipts.close(A, Served("cmpl-77-b-0", 1000, 288, 0.1, 0.5))
     assert completion is not None
-    assert completion.request_id == "77-b"
+    assert completion.receipt.request_id == "77-b"
     assert receipts.close(A, Served("chatcmpl-4f-2a", 1000, 320, 0.1, 0.5)) is None  # once
     assert receipts.close(A, Served("another-router's", 1, 0, 0.0, 0.0)) is None
 
@@ -55,7 +60,7 @@ def test_a_refused_request_is_under_the_name_of_who_took_it() -> None:
     receipts.moved("x", B)
     closed = receipts.close(B, Served("cmpl-x-0", 1000, 0, 0.0, 0.1))
     assert closed is not None
-    assert (closed.chosen, closed.refused_by) == ("b", "a")
+    assert (closed.receipt.chosen, closed.receipt.refused_by) == ("b", "a")
 
 
 def test_two_requests_of_one_id_are_not_taken_for_each_other() -> None:
@@ -72,3 +77,13 @@ def test_open_receipts_are_bounded() -> None:
     receipts = Receipts()
     gone = [receipts.open(receipt(str(i), "r", 5.0, 0.0, A, choice(), None)) for i in range(OPEN_MAX + 2)]
     assert [one.request_id for one in gone if one is not None] == ["0", "1"]
+
+
+def test_a_receipt_holds_nothing_of_the_prompt() -> None:
+    """Neither text nor ids nor block keys: of what was encoded, only counts go in."""
+    secret = b"SECRETKEY-0123456789abcdef"
+    keys = EncodedKeys(secret, 1000, 1000)
+    known = Found([keys], [{A: PodMatch({GPU: 320}), B: PodMatch()}], 32)
+    made = msgspec.json.encode(receipt("id", "router", 5.0, 0.0002, A, choice(), known))
+    for shown in (secret, base64.b64encode(secret)[:20], secret.hex().encode()):
+        assert shown not in made

@@ -1,0 +1,106 @@
+"""What is beyond a limit is refused before it costs anything."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import AsyncIterator
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from serve_app.errors import PromptError
+from serve_app.limits import LimitExceeded, Limits, Turnstile, check_ids, check_prompts, is_deeper, parse, read_body
+
+VALUES = st.recursive(
+    st.none() | st.text(alphabet='[]{}"\\ a\u00e9'),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(alphabet='[{"\\'), inner, max_size=3),
+    max_leaves=20,
+)
+
+
+def depth_of(value: Any) -> int:
+    inner = value.values() if isinstance(value, dict) else value if isinstance(value, list) else None
+    return 0 if inner is None else 1 + max(map(depth_of, inner), default=0)
+
+
+@given(VALUES, st.integers(0, 6))
+def test_depth_is_that_of_the_parsed_value(value: Any, depth: int) -> None:
+    assert is_deeper(json.dumps(value).encode(), depth) == (depth_of(value) > depth)
+
+
+@pytest.mark.parametrize("unit", [b'\\"', b'"\\', b'"', b"[", b'{"a":['])
+def test_looking_for_depth_is_linear(unit: bytes) -> None:
+    raw = b'"' + unit * (4_000_000 // len(unit)) + b"[" * 100
+    start_s = time.process_time()
+    is_deeper(raw, 64)
+    assert time.process_time() - start_s < 2  # quadratic: hours
+
+
+@pytest.mark.parametrize(
+    ("raw", "reason"),
+    [
+        (b'{"prompt": "' + b"x" * 1000 + b'"}', "body_too_long"),
+        (b'{"a": ' + b"[" * 100 + b"]" * 100 + b"}", "body_too_deep"),
+        (b"[" * 900, "body_too_deep"),
+        (b"[1]", "no_body"),
+        (b"\xff", "no_body"),
+    ],
+)
+def test_a_body_beyond_a_limit_has_its_reason(raw: bytes, reason: str) -> None:
+    with pytest.raises(PromptError) as refused:
+        parse(raw, Limits(body_bytes=1000))
+    assert refused.value.reason == reason
+
+
+async def test_no_more_than_the_limit_is_read() -> None:
+    taken = 0
+
+    async def endless() -> AsyncIterator[bytes]:
+        nonlocal taken
+        while True:
+            taken += 1
+            yield b"x" * 100
+
+    for declared, chunks in ((None, 11), ("5", 11), ("junk", 11), ("1001", 0)):
+        taken = 0
+        with pytest.raises(LimitExceeded) as refused:
+            await read_body(endless(), declared, Limits(body_bytes=1000))
+        assert (refused.value.status, taken) == (413, chunks)
+
+
+def test_prompts_and_ids() -> None:
+    limits = Limits(prompts=2, id_chars=5)
+    check_prompts({"prompt": ["a", "b"]}, limits)
+    check_prompts({"prompt": [1, 2, 3]}, limits)  # one prompt's ids
+    for field, value in (("prompt", ["a"] * 3), ("input", ["a"] * 3), ("prompt", [[1]] * 3)):
+        with pytest.raises(PromptError, match="3 prompts"):
+            check_prompts({field: value}, limits)
+    check_ids(["12345"], limits)
+    check_ids([], limits)
+    for pods in (["123456"], ["a"] * 5000):
+        with pytest.raises(LimitExceeded):
+            check_ids(pods, limits)
+
+
+def test_a_callers_rate_is_its_own() -> None:
+    turnstile = Turnstile(Limits(scores_per_s=2))
+    for _ in range(2):
+        turnstile.enter("a", 0.0)
+        turnstile.leave()
+    with pytest.raises(LimitExceeded) as refused:
+        turnstile.enter("a", 0.0)
+    assert (refused.value.status, refused.value.retry_after_s) == (429, 0.5)
+    turnstile.enter("b", 0.0)
+    turnstile.enter("a", 0.5)
+
+
+def test_only_so_many_at_a_time() -> None:
+    turnstile = Turnstile(Limits(renders=1))
+    turnstile.enter("a", 0.0)
+    with pytest.raises(LimitExceeded, match="being answered"):
+        turnstile.enter("b", 0.0)
+    turnstile.leave()
+    turnstile.enter("b", 0.0)
