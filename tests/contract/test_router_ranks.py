@@ -82,12 +82,7 @@ async def router(redis_url: str) -> AsyncIterator[KVCacheAwareRouter]:
     router.initialize_state(model=MODEL, redis_url=redis_url, decision_deadline_s=5)
     router.update_replicas([Replica("a"), Replica("b")])
     yield router
-    assert router._mirror is not None
-    assert router._log is not None
-    for task in router._background:
-        task.cancel()
-    await asyncio.to_thread(router._mirror.close)
-    await asyncio.to_thread(router._log.close)
+    await router.decider.close()
 
 
 def request(number: int, *more: object) -> PendingRequest:
@@ -109,7 +104,9 @@ async def choose(router: KVCacheAwareRouter, pending: PendingRequest) -> list[st
 async def know(router: KVCacheAwareRouter, pods: int) -> None:
     """Until the router's mirror has so many pods, and the tokenizer is there."""
     deadline = time.monotonic() + 10
-    while len(router._mirror.pods()) != pods or router._mirror.spec() is None:  # type: ignore[union-attr]
+    mirror = router.decider.mirror
+    assert mirror is not None
+    while len(mirror.pods()) != pods or mirror.spec() is None:
         assert time.monotonic() < deadline
         await asyncio.sleep(0.01)
     await asyncio.sleep(0.2)
@@ -183,7 +180,7 @@ async def test_who_got_it_is_known_by_its_rank(router: KVCacheAwareRouter, fleet
         router.on_request_routed(pending, Replica(taker).replica_id, None)
         assert routed.replica_of(pending.metadata.request_id) == expected
     now_s = time.monotonic()
-    assert [router._chooser.in_flight.count(pod_of_rank(*pod), now_s) for pod in (("a", 1), ("b", 1))] == [1, 1]
+    assert [router.decider.chooser.in_flight.count(pod_of_rank(*pod), now_s) for pod in (("a", 1), ("b", 1))] == [1, 1]
 
 
 async def test_a_replica_is_full_when_its_ranks_together_are(router: KVCacheAwareRouter, fleet: Fleet) -> None:

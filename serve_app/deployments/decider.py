@@ -1,0 +1,308 @@
+"""The router of one process: it follows the index, decides who gets a request, and books what it has decided.
+
+    decide(replicas, what was asked)  ->  replicas, best first; where they have data parallel ranks, which rank of each
+    taken(...)                        ->  who has taken the request in the end, if somebody tells
+
+It knows nothing of how requests come in: that is up to the shells around it, `request_router.py` (Serve asks) and
+`ingress_router.py` (HAProxy asks). A decision never raises and never waits long: whatever is missing, the request goes
+to the least-loaded replica, and the decision is counted under the reason.
+"""
+
+import asyncio
+import contextlib
+import logging
+import time
+import uuid
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import msgspec
+from cachetools import LRUCache
+
+from serve_app.accounting import reads_cache
+from serve_app.config import RouterSettings
+from serve_app.deployments.embedded_redis import resolve_redis_url
+from serve_app.deployments.metrics import IndexMetrics, RouterMetrics
+from serve_app.deployments.stages import RemoteIndex, RemotePrompts, graph_handle, remote_tokenize
+from serve_app.errors import IndexUnavailable, PromptError
+from serve_app.index.mirror import Mirror
+from serve_app.index.router_log import RouterLog
+from serve_app.indexer import Indexer, IndexStage, LocalIndex, PromptStage
+from serve_app.limits import check_prompts
+from serve_app.loop_watch import LoopWatch
+from serve_app.prompts.prefix_store import PrefixStore
+from serve_app.prompts.service import PromptService, Tokenize
+from serve_app.routing.choice import Choice, Outcome, Policy
+from serve_app.routing.chooser import Chooser, Sent
+from serve_app.routing.desk import Desk
+from serve_app.routing.ranks import Ranks
+from serve_app.routing.receipts import last_expected, receipt
+from serve_app.supervision import Backoff, ErrorLog, LoopGuard
+from serve_app.types import BlockKeys, Found, ModelId, PodId, Tier, short_id
+
+logger = logging.getLogger("ray.serve")
+
+_CATCH_UP_S = 0.25  # without a decision; with each it is done anyway
+_REMEMBERED_DECISIONS = 1024  # until somebody says who took the request; with direct streaming nobody does
+
+
+class Asked(NamedTuple):
+    """A request, as the way in knows it."""
+
+    request_id: str  # a client may give several requests the same
+    key: str = ""  # the same when it is asked again of the same request; empty: it is asked once
+    session: str = ""
+    body: Mapping[str, Any] | None = None  # parsed; None: there is none that can be read
+    why_no_body: str = "no_body"  # reason of the decision then
+
+
+class Decision(NamedTuple):
+    """Who is to get a request."""
+
+    best: Mapping[PodId, PodId]  # replica -> itself, or the best of its ranks; the best replica first
+    choice: Choice
+    found: Found | None
+
+
+class _Booked(NamedTuple):
+    sent: Sent
+    found: Found | None
+    choice: Choice
+
+
+class Decider:
+    """Args:
+    settings: of the deployment's router.
+    loop: that it is used on.
+    """
+
+    def __init__(self, settings: RouterSettings, loop: asyncio.AbstractEventLoop) -> None:
+        self._loop = loop
+        self.settings = settings
+        self.id = uuid.uuid4().hex[:12]
+        self.chooser = Chooser(self._held, settings.policy, settings.strategy, settings.cost.weights())
+        self.ranks = Ranks()
+        self._ranks_as_of = -1  # joins and loads that the mirror had seen
+        self._failures = ErrorLog("kvcache: a request could not be scored; it goes to the least-loaded replica", logger)
+        self._booked: LRUCache[str, _Booked] = LRUCache(_REMEMBERED_DECISIONS)  # by `Asked.key`
+        self._started = False
+        self._indexer: Indexer | None = None
+        self.mirror: Mirror | None = None
+        self._desk: Desk | None = None
+        self._log: RouterLog | None = None
+        self._metrics: RouterMetrics | None = None
+        self._background: set[asyncio.Task[None]] = set()  # endless; the loop itself only has weak references
+        self._loading: asyncio.Task[None] | None = None
+
+    def start(self) -> None:
+        """Follow the index. What fails here is tried again with the next request."""
+        if self._metrics is None:  # it has a thread of its own: one is enough, however often this is tried
+            self._metrics = RouterMetrics(self.settings.model)
+        if self.settings.policy is not Policy.ROUND_ROBIN:
+            self._follow_index()
+        self._started = True
+
+    async def close(self) -> None:
+        for task in (*self._background, self._loading):
+            if task is not None:
+                task.cancel()
+        for thread in (self.mirror, self._log):
+            if thread is not None:
+                await asyncio.to_thread(thread.close)
+
+    def check_alive(self) -> None:
+        """Raises:
+        IndexUnavailable: what follows the index has ended, and will not come back by itself.
+        """
+        if self.mirror is not None and not self.mirror.is_running:
+            raise IndexUnavailable("the thread that follows the index has ended")
+        if any(task.done() for task in self._background):
+            raise IndexUnavailable("the router's background task has ended")
+
+    async def decide(self, room: Mapping[PodId, int], asked: Asked | None) -> Decision:
+        """All replicas, best first; the first has the request booked.
+
+        Args:
+            room: replicas that there are -> requests that each may have at once.
+            asked: None: nothing is known of the request.
+        """
+        try:
+            choice, found = await self._decide(room, asked)
+        except Exception as error:
+            self._failures.failed(error)
+            choice, found = self._least_loaded(self._pods(room)), None
+        return Decision(self.ranks.best(choice.ranked), choice, found)
+
+    def taken(self, key: str, request_id: str, replica: PodId) -> PodId:
+        """A replica has taken the request, maybe not the one that was the best. Returns it, or its rank."""
+        booked = self._booked.pop(key, None)
+        if booked is None:
+            return replica
+        pod = self.ranks.best(booked.choice.ranked).get(replica, replica)
+        if booked.sent.pod != pod:
+            self.chooser.withdraw(booked.sent)
+            self.chooser.sent(pod, booked.found, booked.choice, time.monotonic())
+            if self._desk is not None:
+                self._desk.receipts.moved(short_id(request_id), pod)
+        return pod
+
+    def keep_only(self, replicas: Sequence[PodId]) -> None:
+        """These replicas are there; others are gone."""
+        self.ranks.keep_only(replicas)
+        self._ranks_as_of = -1  # those of a new replica may have joined before it was told of
+        self.chooser.keep_only(self._pods(replicas))
+
+    # -- inside ---------------------------------------------------------------------------------------------------
+
+    def _follow_index(self) -> None:
+        settings = self.settings
+        redis_url, model = resolve_redis_url(settings.redis_url), ModelId(settings.model)
+        tiers = [Tier(tier) for tier in settings.tier_order]
+        self.mirror = Mirror(redis_url, model, max_blocks=settings.max_blocks, tier_order=tiers, bury=True)
+        self.mirror.start()
+        self._index_metrics = IndexMetrics(self.mirror, settings.model)
+        self._desk = Desk(self.mirror, self.chooser, self.id)
+        self._log = RouterLog(redis_url, model, self.id)
+        self._log.start()
+        self._background.add(self._loop.create_task(self._catch_up_when_idle()))
+        tokenize: Tokenize | None = None
+        if settings.tokenization == "deployment":
+            tokenize = remote_tokenize(graph_handle("Tokenizer", settings.graph_app))
+        prompts: PromptStage = PromptService(
+            PrefixStore(settings.prefix_store_bytes), tokenize, settings.tokenize_deadline_s
+        )
+        index: IndexStage = LocalIndex(self.mirror)
+        if settings.prefix_lookup == "deployment":
+            prompts = RemotePrompts(graph_handle("PrefixStore", settings.graph_app))
+        if settings.index_query == "deployment":
+            index = RemoteIndex(graph_handle("BlockIndex", settings.graph_app))
+        self._indexer = Indexer(prompts, index, settings.strategy)
+        if isinstance(prompts, PromptService) and settings.policy is Policy.KV_AWARE:
+            self._loading = self._loop.create_task(self._load_tokenizer(self.mirror, prompts))
+
+    async def _decide(self, room: Mapping[PodId, int], asked: Asked | None) -> tuple[Choice, Found | None]:
+        if not self._started:
+            self.start()
+        start_s = time.perf_counter()
+        self._learn_ranks()
+        pods = self._pods(room)
+        found, why = await self._find(pods, asked)
+        self._catch_up(pods)
+        now_s = time.monotonic()
+        session = short_id(asked.session) if asked is not None else ""
+        choice = self.chooser.choose(pods, found, now_s, why=why, session=session)
+        choice = choice.with_last(self._full(room, now_s))
+        if choice.ranked:
+            self._book(choice, found, asked, now_s, time.perf_counter() - start_s)
+        return choice, found
+
+    def _least_loaded(self, pods: Sequence[PodId]) -> Choice:
+        """A choice that rests on nothing that is known of the request."""
+        now_s = time.monotonic()
+        choice = self.chooser.choose(pods, None, now_s, why="error")
+        if self._metrics is not None:
+            self._metrics.decided(Outcome.FALLBACK, "error", 0.0)
+        if choice.ranked:
+            self.chooser.sent(choice.ranked[0], None, choice, now_s)
+        return choice
+
+    async def _find(self, pods: list[PodId], asked: Asked | None) -> tuple[Found | None, str]:
+        """What is known, or None and the reason why nothing is; also why it is of a part of the prompt only."""
+        if self._indexer is None or self.settings.policy is not Policy.KV_AWARE:
+            return None, ""
+        if asked is None or asked.body is None:
+            return None, "no_body" if asked is None else asked.why_no_body
+        try:
+            check_prompts(asked.body, self.settings.limits)
+            async with asyncio.timeout(self.settings.decision_deadline_s):
+                found = await self._indexer.find(asked.body, pods)
+            return found if reads_cache(asked.body) else found.without_matches(), found.incomplete
+        except PromptError as error:
+            return None, error.reason
+        except IndexUnavailable:
+            return None, "no_index"
+        except TimeoutError:
+            return None, "deadline"
+        except Exception as error:
+            self._failures.failed(error)
+            return None, "error"
+
+    def _book(self, choice: Choice, found: Found | None, asked: Asked | None, now_s: float, decision_s: float) -> None:
+        """The first of the ranked pods gets the request: note it where it counts."""
+        assert self._metrics is not None
+        pod = choice.ranked[0]
+        before = self._booked.pop(asked.key, None) if asked is not None and asked.key else None
+        if before is not None:  # Serve asks again when every replica was full
+            self.chooser.withdraw(before.sent)
+        sent = self.chooser.sent(pod, found, choice, now_s)
+        if before is None:
+            self._metrics.decided(choice.outcome, choice.reason, decision_s)
+            if found is not None:
+                self._metrics.found(found.prompt_tokens, found.matched_tokens(pod), found.stage_s)
+        if asked is None or self._desk is None or self._log is None:
+            return
+        if asked.key:
+            self._booked[asked.key] = _Booked(sent, found, choice)
+        if found is not None and (before is None or before.sent.pod != pod):
+            for route in self.chooser.route(sent, found):
+                self._log.routed(route)
+        if choice.outcome is not Outcome.BASELINE:
+            new = receipt(short_id(asked.request_id), self.id, time.time(), decision_s, pod, choice, found)
+            expected = last_expected(found, pod, choice)
+            if (oldest := self._desk.receipts.open(new, expected, again=before is not None)) is not None:
+                self._log.receipt(msgspec.json.encode(oldest))
+
+    def _full(self, room: Mapping[PodId, int], now_s: float) -> set[PodId]:
+        """What is behind replicas that have as many requests as they may have."""
+        full: set[PodId] = set()
+        for replica, most in room.items():
+            pods = self.ranks.pods(replica)
+            if sum(self.chooser.in_flight.count(pod, now_s) for pod in pods) >= most:
+                full.update(pods)
+        return full
+
+    def _pods(self, replicas: Iterable[PodId]) -> list[PodId]:
+        """What can be chosen: replicas, or where they have any, their data parallel ranks."""
+        return sorted(pod for replica in replicas for pod in self.ranks.pods(replica))
+
+    def _learn_ranks(self) -> None:
+        """Take in which pods are behind which replica, if a record has come since this was done last."""
+        if self.mirror is None:
+            return
+        as_of = self.mirror.counters["join"] + self.mirror.counters["loads"]
+        if as_of != self._ranks_as_of:
+            self.ranks.learn(domain for domain, _, _ in self.mirror.domains())
+            self._ranks_as_of = as_of
+
+    def _held(self, pods: Sequence[PodId], keys: BlockKeys) -> list[bool]:
+        return self.mirror.held(pods, keys) if self.mirror is not None else [False] * len(pods)
+
+    def _catch_up(self, pods: Sequence[PodId]) -> None:
+        if self._desk is None or self._log is None or self._metrics is None:
+            return
+        for complete in self._desk.catch_up(pods):
+            self._log.receipt(msgspec.json.encode(complete))
+            self._metrics.served(complete)
+
+    async def _catch_up_when_idle(self) -> None:
+        assert self._metrics is not None
+        self._metrics.watch(LoopWatch(logger))
+        guard = LoopGuard("kvcache: the router could not take in what is new", Backoff(_CATCH_UP_S), logger)
+        wait_s = _CATCH_UP_S
+        while True:
+            await asyncio.sleep(wait_s)
+            wait_s = _CATCH_UP_S
+            try:
+                self._catch_up(())
+                if self._desk is not None and self._log is not None:
+                    self._log.distrust(self._desk.distrusted())
+                guard.went_well()
+            except Exception as error:  # whatever it is, the next turn may do without
+                wait_s = guard.failed(error)
+
+    async def _load_tokenizer(self, mirror: Mirror, prompts: PromptService) -> None:
+        """Load the tokenizer as soon as an engine has said which, before the first request needs it."""
+        while (spec := mirror.spec()) is None:  # noqa: ASYNC110  # it is a thread that sets it
+            await asyncio.sleep(0.1)
+        with contextlib.suppress(Exception):  # it has said why itself; a request tries again
+            await prompts.encoder(spec)
