@@ -152,6 +152,10 @@ class RouterSettings(IndexSettings):
     decision_deadline_s: Annotated[
         float, Field(gt=0, description="After this a request goes to the least-loaded replica.")
     ] = 0.5
+    explain: Annotated[
+        bool,
+        Field(description="Answers say what the choice rested on, in x-kvcache-matched (tokens) and x-kvcache-reason."),
+    ] = False
     lmcache: Annotated[
         LMCacheSettings | None, Field(description="An LMCache server per node; absent: none. Read by the replicas.")
     ] = None
@@ -169,6 +173,26 @@ class GraphArgs(IndexSettings):
     block_index_replicas: PositiveInt = 1
     scorer_replicas: PositiveInt = 1
     num_cpus: Annotated[float, Field(ge=0, description="Ray CPUs that each of the graph's replicas reserves.")] = 0.1
+
+
+class OpenAIArgs(_Settings):
+    """Arguments of `serve_app.app:build_openai_app`: those of `ray.serve.llm:build_openai_app`, and `kvcache`."""
+
+    llm_configs: Annotated[
+        list[Any],
+        Field(
+            min_length=1,
+            description="Ray Serve LLM's `LLMConfig`s, or their paths. `model_source` may be builtin:...",
+        ),
+    ]
+    kvcache: Annotated[
+        dict[str, Any], Field(description="RouterSettings of every model; `model` is the LLMConfig's model id.")
+    ] = Field(default_factory=dict)
+    ingress_cls_config: Annotated[Any, Field(description="As Ray's; without direct streaming only.")] = None
+    ingress_deployment_config: Annotated[
+        dict[str, Any],
+        Field(description="Serve options of the OpenAI ingress, which is there only without direct streaming."),
+    ] = Field(default_factory=dict)
 
 
 class LLMArgs(_Settings):

@@ -133,6 +133,19 @@ class Decider:
             choice, found = self._least_loaded(self._pods(room)), None
         return Decision(self.ranks.best(choice.ranked), choice, found)
 
+    def least_loaded(self, replicas: Iterable[PodId]) -> PodId:
+        """Who gets what makes no tokens: it is nobody's load."""
+        pods = self._pods(replicas)
+        choice = self.chooser.choose(pods, None, time.monotonic())
+        self.chooser.had_turn(choice.ranked[0])
+        if self._metrics is not None:
+            self._metrics.decided(Outcome.FALLBACK, "no_generation", 0.0)
+        return next(iter(self.ranks.best(choice.ranked)))
+
+    def failed(self, error: Exception) -> None:
+        """Something around a decision has gone wrong: count and log it."""
+        self._failures.failed(error)
+
     def taken(self, key: str, request_id: str, replica: PodId) -> PodId:
         """A replica has taken the request, maybe not the one that was the best. Returns it, or its rank."""
         booked = self._booked.pop(key, None)

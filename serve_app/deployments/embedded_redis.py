@@ -40,10 +40,13 @@ def session_folder() -> Path:
 
 
 class EmbeddedRedis:
-    """The deployment around it. Serve restarts it when it no longer answers; publishers then publish again."""
+    """The deployment around it. Serve restarts it when it no longer answers; publishers then publish again.
 
-    def __init__(self, url: str) -> None:
-        self._server = ValkeyProcess(Path(url.removeprefix(_SCHEME)))
+    Every application that needs it has one: the first starts the server, and the others look after it.
+    """
+
+    def __init__(self) -> None:
+        self._server = ValkeyProcess(Path(resolve_redis_url(EMBEDDED).removeprefix(_SCHEME)))
 
     def check_health(self) -> None:
         if not self._server.is_up():

@@ -1,5 +1,7 @@
 """The OpenAI ingress for when direct streaming is off: Ray Serve LLM's own, plus the header that names the replica."""
 
+from typing import Any
+
 from fastapi import Request, Response
 from ray import serve
 from ray.serve.llm.ingress import OpenAiIngress
@@ -10,7 +12,14 @@ from serve_app.deployments import routed
 
 
 class KVCacheIngress(OpenAiIngress):
-    """`ingress_cls_config.ingress_cls` of a Ray Serve LLM application."""
+    """`ingress_cls_config.ingress_cls` of a Ray Serve LLM application.
+
+    Args:
+        redis: is deployed with this one.
+    """
+
+    def __init__(self, *args: Any, redis: object = None, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
 
     async def chat(self, body: ChatCompletionRequest, request: Request) -> Response:
         return _named(await super().chat(body, request))

@@ -34,9 +34,11 @@ class KVCacheAwareRouter(MultiplexMixin, RequestRouter):
     def initialize_state(self, **settings: Any) -> None:
         self.decider = Decider(RouterSettings(**settings), self._event_loop)
         self._told_of_ranks = False
+        self._running: dict[PodId, RunningReplica] = {}
         # Every proxy makes a router of its own that it hardly ever asks: there the heavy parts start on first use.
         if self._handle_source != DeploymentHandleSource.PROXY:
             self.decider.start()
+            routed.set_router(self)
 
     async def choose_replicas(
         self, candidate_replicas: list[RunningReplica], pending_request: PendingRequest | None = None
@@ -53,7 +55,12 @@ class KVCacheAwareRouter(MultiplexMixin, RequestRouter):
 
     def update_replicas(self, replicas: list[RunningReplica]) -> None:
         super().update_replicas(replicas)
-        self.decider.keep_only([PodId(replica.replica_id.unique_id) for replica in replicas])
+        self._running = {PodId(replica.replica_id.unique_id): replica for replica in replicas}
+        self.decider.keep_only(list(self._running))
+
+    def running(self) -> dict[PodId, RunningReplica]:
+        """The replicas that Serve has told of."""
+        return self._running
 
     def on_request_routed(self, pending_request: PendingRequest, replica_id: ReplicaID, result: ReplicaResult) -> None:
         """Remember who got the request: for the header of the ordinary ingress, and if the first choice refused it."""

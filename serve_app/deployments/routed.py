@@ -1,20 +1,38 @@
-"""Which replica got which request, for the requests that were routed in this process.
+"""The router of this process, and which replica got which of the requests that were routed here.
 
 Use it as `routed.remember(...)`, by the module's name: Serve pickles routers and endpoints with the globals they use,
 so a table that is imported by its own name would be a copy in each of them. A module is never copied.
 """
 
+from __future__ import annotations
+
 from collections.abc import Mapping
+from typing import TYPE_CHECKING
 
 from cachetools import LRUCache
 
 from serve_app.types import PodId, short_id
+
+if TYPE_CHECKING:
+    from serve_app.deployments.request_router import KVCacheAwareRouter
 
 _REMEMBERED_REQUESTS = 10_000
 
 _replicas: LRUCache[str, str] = LRUCache(_REMEMBERED_REQUESTS)
 _ranks: LRUCache[str, Mapping[PodId, int]] = LRUCache(_REMEMBERED_REQUESTS)
 _hands_over_ranks = False
+_router: KVCacheAwareRouter | None = None
+base_model = ""  # of the adapters that this router's replicas load at need; empty: they load none
+
+
+def set_router(router: KVCacheAwareRouter) -> None:
+    global _router  # noqa: PLW0603  # of the process
+    _router = router
+
+
+def router() -> KVCacheAwareRouter | None:
+    """The last one that Serve has made in this process."""
+    return _router
 
 
 def remember(request_id: str, replica: str) -> None:

