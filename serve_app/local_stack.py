@@ -33,10 +33,13 @@ STOP_TIMEOUT_S = 60.0
 _POLL_S = 0.5
 
 # Direct streaming, as in configs/direct.env; and short drains, for nobody waits behind a load balancer here.
+_HAPROXY = Path(sys.executable).with_name("kvcache-haproxy")  # installed with this package
 DIRECT_ENV = {
     "RAY_SERVE_ENABLE_HA_PROXY": "1",
     "RAY_SERVE_LLM_ENABLE_DIRECT_STREAMING": "1",
     "RAY_SERVE_INGRESS_REQUEST_ROUTER_FORWARD_BODY": "1",
+    **({"RAY_SERVE_HAPROXY_BINARY_PATH": str(_HAPROXY)} if _HAPROXY.exists() else {}),
+    "RAY_SERVE_INGRESS_ROUTER_REPLICAS_PER_NODE": "2",
 }
 _LOCAL_ENV = {
     "RAY_ADDRESS": "local",
