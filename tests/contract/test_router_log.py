@@ -243,7 +243,7 @@ def test_an_item_that_cannot_be_written_does_not_end_the_log(
     reader = connect(redis_url, name="t")
 
     def until(receipt: object, done: Callable[[], bool]) -> None:
-        """What is given to the log while it deals with an error is dropped, as it is while Redis is away: say it again."""
+        """What is given to the log while it deals with an error is dropped, so it is said again."""
 
         def said() -> bool:
             log.receipt(receipt)  # type: ignore[arg-type]
