@@ -20,6 +20,12 @@ EMBEDDED = "embedded"
 REPLICA_HEADER = "x-kvcache-replica"
 """Response header that names the replica which answered."""
 
+MATCHED_HEADER = "x-kvcache-matched"
+"""Response header, with `explain`: prompt tokens that the replica held when it was chosen."""
+
+REASON_HEADER = "x-kvcache-reason"
+"""Response header, with `explain`: what the choice rested on; a label of kvcache_router_decisions_total."""
+
 DEFAULT_PREFIX_STORE_BYTES = 512 * 1024**2
 
 _WEIGHTS = CostWeights()

@@ -35,6 +35,7 @@ BINARY_VARIABLE = "KVCACHE_HAPROXY_BINARY"
 DEFAULT_TIMEOUT_S = 1.0
 REST_S = 2
 UNROUTED_HEADER = "x-kvcache-unrouted"
+UNROUTED_REASONS = ("router_unreachable", "router_non_200", "unparseable_replica_id", "unknown_replica_id")
 _MARK = "-- edited by kvcache-haproxy\n"
 _LUA_LOAD = re.compile(r"^(\s*lua-load-per-thread\s+)(\S+)\s*$", re.MULTILINE)
 _APP_OF_PATH = re.compile(r"^\s*acl is_(\S+) path_beg ", re.MULTILINE)
@@ -100,10 +101,7 @@ def lua_edits(timeout_s: float) -> list[Edit]:
             "            if response and is_http_200(response) then\n                break\n            end\n"
             "            kvcache_rest(router)\n        end\n",
         ),
-        *(
-            Edit(failed(why), plainly(why))
-            for why in ("router_unreachable", "router_non_200", "unparseable_replica_id", "unknown_replica_id")
-        ),
+        *(Edit(failed(why), plainly(why)) for why in UNROUTED_REASONS),
     ]
 
 

@@ -240,6 +240,37 @@ class Served(NamedTuple):
     prefill_s: float  # from its first step to its first token
 
 
+RequestTag = bytes
+"""What a request is called where a pod reports of it: 8 bytes, of its x-request-id. `b""`: it has no id."""
+
+TAG_BYTES = 8
+
+
+def request_tag(request_id: str) -> RequestTag:
+    """BLAKE2b of the id, as the client or the proxy has given it."""
+    if not request_id:
+        return b""
+    return hashlib.blake2b(request_id.encode("utf-8", "surrogatepass"), digest_size=TAG_BYTES).digest()
+
+
+class Progress(NamedTuple):
+    """What has become of requests at a pod since it was said last: packed tags."""
+
+    accepted: bytes = b""  # the engine has them, and counts them as in flight
+    prefilled: bytes = b""  # their first token is there
+    ended: bytes = b""  # answered, aborted or refused
+
+    def tags(self) -> tuple[list[RequestTag], list[RequestTag], list[RequestTag]]:
+        """One by one: accepted, prefilled, ended."""
+        accepted, prefilled, ended = (
+            [packed[i : i + TAG_BYTES] for i in range(0, len(packed), TAG_BYTES)] for packed in self
+        )
+        return accepted, prefilled, ended
+
+
+NO_PROGRESS = Progress()
+
+
 class Routed(NamedTuple):
     """What another router has sent to a pod."""
 
@@ -247,6 +278,7 @@ class Routed(NamedTuple):
     keys: BlockKeys  # of the blocks that the pod did not hold
     tokens: int  # that it has to compute
     at_s: float = 0.0  # receiver's monotonic clock
+    tag: RequestTag = b""
 
 
 @dataclass(frozen=True, slots=True)

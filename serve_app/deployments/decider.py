@@ -20,7 +20,7 @@ import msgspec
 from cachetools import LRUCache
 
 from serve_app.accounting import reads_cache
-from serve_app.config import RouterSettings
+from serve_app.config import MATCHED_HEADER, REASON_HEADER, RouterSettings
 from serve_app.deployments.embedded_redis import resolve_redis_url
 from serve_app.deployments.metrics import IndexMetrics, RouterMetrics
 from serve_app.deployments.stages import RemoteIndex, RemotePrompts, graph_handle, remote_tokenize
@@ -38,7 +38,7 @@ from serve_app.routing.desk import Desk
 from serve_app.routing.ranks import Ranks
 from serve_app.routing.receipts import last_expected, receipt
 from serve_app.supervision import Backoff, ErrorLog, LoopGuard
-from serve_app.types import BlockKeys, Found, ModelId, PodId, Tier, short_id
+from serve_app.types import BlockKeys, Found, ModelId, PodId, Tier, request_tag, short_id
 
 logger = logging.getLogger("ray.serve")
 
@@ -62,6 +62,11 @@ class Decision(NamedTuple):
     best: Mapping[PodId, PodId]  # replica -> itself, or the best of its ranks; the best replica first
     choice: Choice
     found: Found | None
+
+    def explained(self, replica: PodId) -> dict[str, str]:
+        """For people, as headers of the answer, if this replica takes it."""
+        matched = self.found.matched_tokens(self.best[replica]) if self.found is not None else {}
+        return {MATCHED_HEADER: str(sum(matched.values())), REASON_HEADER: self.choice.reason}
 
 
 class _Booked(NamedTuple):
@@ -154,7 +159,7 @@ class Decider:
         pod = self.ranks.best(booked.choice.ranked).get(replica, replica)
         if booked.sent.pod != pod:
             self.chooser.withdraw(booked.sent)
-            self.chooser.sent(pod, booked.found, booked.choice, time.monotonic())
+            self.chooser.sent(pod, booked.found, booked.choice, time.monotonic(), booked.sent.tag)
             if self._desk is not None:
                 self._desk.receipts.moved(short_id(request_id), pod)
         return pod
@@ -247,7 +252,8 @@ class Decider:
         before = self._booked.pop(asked.key, None) if asked is not None and asked.key else None
         if before is not None:  # Serve asks again when every replica was full
             self.chooser.withdraw(before.sent)
-        sent = self.chooser.sent(pod, found, choice, now_s)
+        tag = request_tag(asked.request_id) if asked is not None else b""
+        sent = self.chooser.sent(pod, found, choice, now_s, tag)
         if before is None:
             self._metrics.decided(choice.outcome, choice.reason, decision_s)
             if found is not None:
@@ -268,9 +274,10 @@ class Decider:
     def _full(self, room: Mapping[PodId, int], now_s: float) -> set[PodId]:
         """What is behind replicas that have as many requests as they may have."""
         full: set[PodId] = set()
+        counts = self.chooser.in_flight.counts(self._pods(room), now_s)
         for replica, most in room.items():
             pods = self.ranks.pods(replica)
-            if sum(self.chooser.in_flight.count(pod, now_s) for pod in pods) >= most:
+            if sum(counts[pod] for pod in pods) >= most:
                 full.update(pods)
         return full
 

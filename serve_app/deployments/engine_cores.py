@@ -1,17 +1,19 @@
 """What vLLM's AsyncLLM tells of its engine cores: there is one, or with internal data parallelism one for each rank.
 
-Out, by the core's place in it: requests in flight, requests that have ended, and what its cache is made of.
+Out, by the core's place in it: requests in flight, what has become of each, and what its cache is made of.
 Source: vLLM 0.29, v1/engine/core_client.py (`DPLBAsyncMPClient`). It has no public way to a single core.
 """
 
 import logging
 from collections import deque
+from collections.abc import Iterable, Mapping
 from typing import Any
 
+from cachetools import LRUCache
 from vllm.v1.metrics.loggers import StatLoggerBase
 
 from serve_app.events.publisher import SERVED_MAX
-from serve_app.types import ID_MAX_CHARS, Served, short_id
+from serve_app.types import ID_MAX_CHARS, Progress, RequestTag, Served, request_tag, short_id
 
 logger = logging.getLogger("ray.serve")
 
@@ -26,6 +28,8 @@ class EngineCores:
         self._client = client
         self._count = count
         self._stats = _CoreStats(count)
+        self._watches = [RequestWatch() for _ in range(count)]
+        self._over: list[deque[RequestTag]] = [deque(maxlen=SERVED_MAX) for _ in range(count)]
         manager = client.logger_manager
         if manager is not None:  # with `disable_log_stats` it is: then nothing is learned of served requests
             manager.stat_loggers.append(self._stats)
@@ -42,6 +46,24 @@ class EngineCores:
     def take_ended(self, place: int) -> list[Served]:
         """Requests that the core has ended since the last call."""
         return self._stats.take(place)
+
+    def progress(self, place: int) -> Progress:
+        """What has become of the core's requests since the last call."""
+        states: Mapping[str, Any] = self._client.output_processor.request_states
+        if self._count > 1:
+            core = self._client.engine_core
+            own = core.core_engines[place]
+            states = {name: state for name, state in states.items() if core.reqs_in_flight.get(name) == own}
+        return self._watches[place].look(states, self._take_refused(place))
+
+    def over(self, request_id: str) -> None:
+        """The HTTP request of this id has ended, whether it has come to a core or not."""
+        for over in self._over:
+            over.append(request_tag(request_id))
+
+    def _take_refused(self, place: int) -> list[RequestTag]:
+        over = self._over[place]
+        return [over.popleft() for _ in range(len(over))]
 
     def usage(self, place: int) -> float:
         """Part of the core's KV cache that requests hold, 0 to 1; 0 where blocks wait for what is loaded into them."""
@@ -63,6 +85,44 @@ class EngineCores:
             return await self._client.collective_rpc(method)
         core = self._client.engine_core  # what is public asks all cores, and hands on what the first has answered
         return await core._call_utility_async("collective_rpc", method, None, (), {}, engine=core.core_engines[place])
+
+
+class RequestWatch:
+    """The requests of one core, as they were at the last look."""
+
+    def __init__(self) -> None:
+        self._tags: dict[str, RequestTag] = {}  # of those that are there, by vLLM's internal id
+        self._prefilling: dict[RequestTag, bool] = {}  # of those that are there
+        self._seen: LRUCache[RequestTag, None] = LRUCache(SERVED_MAX)
+
+    def look(self, states: Mapping[str, Any], over: Iterable[RequestTag] = ()) -> Progress:
+        """What has changed.
+
+        Args:
+            states: vLLM's `RequestState`s by internal id. A request of several prompts or answers has several.
+            over: requests that have ended and may never have been among these.
+        """
+        before, now = self._prefilling, dict[RequestTag, bool]()
+        tags = {name: self._tags.get(name) or request_tag(client_id(states[name].external_req_id)) for name in states}
+        for name, tag in tags.items():
+            now[tag] = now.get(tag, False) or bool(states[name].is_prefilling)
+        self._tags, self._prefilling = tags, now
+        accepted = now.keys() - before.keys()
+        refused = {tag for tag in over if tag not in self._seen}
+        self._seen.update(dict.fromkeys(accepted))
+        return Progress(
+            b"".join(accepted),
+            b"".join(tag for tag, waits in now.items() if not waits and before.get(tag, True)),
+            b"".join((before.keys() | refused) - now.keys()),
+        )
+
+
+def client_id(engine_id: str) -> str:
+    """The x-request-id in vLLM's id of a request: `chatcmpl-ID`, `cmpl-ID-0`, `generate-tokens-ID`."""
+    kind, _, own = engine_id.partition("-")
+    if kind == "cmpl":
+        return own.rpartition("-")[0]
+    return own.removeprefix("tokens-") if kind == "generate" else own
 
 
 def _short(engine_id: str) -> str:

@@ -40,8 +40,6 @@ from serve_app.types import PodId
 logger = logging.getLogger("ray.serve")
 
 ROUTE_PATH = "/internal/route"
-MATCHED_HEADER = "x-kvcache-matched"
-REASON_HEADER = "x-kvcache-reason"
 PATH_HEADER = b"x-kvcache-path"
 _TRUNCATED_HEADER = b"x-body-truncated"
 _REQUEST_ID_HEADER = b"x-request-id"
@@ -192,9 +190,7 @@ def _request_headers(router: KVCacheAwareRouter, decision: Decision, best: PodId
     if adapter := _adapter(asked.body):
         headers[SERVE_MULTIPLEXED_MODEL_ID] = adapter
     if router.decider.settings.explain:
-        found = decision.found
-        matched = sum(found.matched_tokens(decision.best[best]).values()) if found is not None else 0
-        headers |= {MATCHED_HEADER: str(matched), REASON_HEADER: decision.choice.reason}
+        headers |= decision.explained(best)
     return headers
 
 

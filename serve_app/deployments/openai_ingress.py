@@ -30,7 +30,9 @@ class KVCacheIngress(OpenAiIngress):
 
 def _named(response: Response) -> Response:
     """The first chunk is there, so the request has been routed, by a router in this process."""
-    replica = routed.replica_of(serve.context._get_serve_request_context().request_id)
+    request_id = serve.context._get_serve_request_context().request_id
+    replica = routed.replica_of(request_id)
     if replica is not None:
         response.headers[REPLICA_HEADER] = replica
+    response.headers.update(routed.explanation(request_id))
     return response

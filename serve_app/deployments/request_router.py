@@ -51,6 +51,8 @@ class KVCacheAwareRouter(MultiplexMixin, RequestRouter):
         room = {name: replica.max_ongoing_requests for name, replica in replicas.items()}
         decision = await self.decider.decide(room, _asked(pending_request))
         self._name_ranks(decision.best, pending_request)
+        if self.decider.settings.explain and pending_request is not None and decision.best:
+            routed.explain(pending_request.metadata.request_id, decision.explained(next(iter(decision.best))))
         return [[replicas[replica]] for replica in decision.best]
 
     def update_replicas(self, replicas: list[RunningReplica]) -> None:

@@ -20,6 +20,7 @@ _REMEMBERED_REQUESTS = 10_000
 
 _replicas: LRUCache[str, str] = LRUCache(_REMEMBERED_REQUESTS)
 _ranks: LRUCache[str, Mapping[PodId, int]] = LRUCache(_REMEMBERED_REQUESTS)
+_explanations: LRUCache[str, Mapping[str, str]] = LRUCache(_REMEMBERED_REQUESTS)
 _hands_over_ranks = False
 _router: KVCacheAwareRouter | None = None
 base_model = ""  # of the adapters that this router's replicas load at need; empty: they load none
@@ -33,6 +34,15 @@ def set_router(router: KVCacheAwareRouter) -> None:
 def router() -> KVCacheAwareRouter | None:
     """The last one that Serve has made in this process."""
     return _router
+
+
+def explain(request_id: str, headers: Mapping[str, str]) -> None:
+    """What the answer is to say of the choice."""
+    _explanations[short_id(request_id)] = headers
+
+
+def explanation(request_id: str) -> Mapping[str, str]:
+    return _explanations.pop(short_id(request_id), {})
 
 
 def remember(request_id: str, replica: str) -> None:

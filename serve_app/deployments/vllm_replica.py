@@ -18,12 +18,11 @@ import ray
 from ray import serve
 from ray.serve.llm import LLMConfig
 from ray.serve.llm.deployment import DPServer, LLMServer
-from starlette.datastructures import Headers
-from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from vllm.entrypoints.chat_utils import load_chat_template
 
-from serve_app.config import REPLICA_HEADER, RouterSettings
+from serve_app.config import RouterSettings
 from serve_app.deployments import rank_header
+from serve_app.deployments.answer_headers import AnswerHeaders
 from serve_app.deployments.embedded_redis import resolve_redis_url
 from serve_app.deployments.engine_cores import EngineCores
 from serve_app.deployments.engine_identity import engine_identity, tokenizer_mode
@@ -86,7 +85,14 @@ class VLLMReplica(LLMServer):
     async def __serve_build_asgi_app__(self) -> Any:
         app = await super().__serve_build_asgi_app__()  # type: ignore[no-untyped-call]
         app.middleware_stack = None  # vLLM has built it already; Starlette builds it again with ours
-        app.add_middleware(_ReplicaHeader, name=self._pod, ranks=self._named_ranks)
+        app.add_middleware(
+            AnswerHeaders,
+            name=self._pod,
+            ranks=self._named_ranks,
+            explain=self._settings.explain,
+            over=self._cores.over,
+            model=self._settings.model,
+        )
         return app
 
     def _data_parallel_ranks(self, llm_config: LLMConfig) -> range | None:
@@ -190,18 +196,19 @@ class VLLMReplica(LLMServer):
         logger.error("kvcache: the publisher ended with %s", await process.wait())
 
     async def _feed_load(self, place: int, process: asyncio.subprocess.Process, pipe: asyncio.StreamWriter) -> None:
-        """Tell the publisher how many requests its core has, and of those that have ended, whenever that changes.
+        """Tell the publisher of its core's requests whenever there is something new, and once a second.
 
-        What they hold of its cache goes with it, and once a second.
+        A publisher that is told nothing for long says nothing of the load: this process is then frozen.
         """
-        told, told_usage, usage_at_s = None, 0.0, 0.0
+        told, told_at_s = None, 0.0
         while process.returncode is None:
-            now, served = self._cores.in_flight(place), self._cores.take_ended(place)
-            usage, now_s = self._cores.usage(place), time.monotonic()
-            if now != told or served or (usage != told_usage and now_s >= usage_at_s + USAGE_POLL_S):
-                pipe.write(msgspec.json.encode(Feed(now, served, usage)) + b"\n")
+            # Together, with no wait between: what is counted as in flight is what was told to be accepted.
+            now, progress = self._cores.in_flight(place), self._cores.progress(place)
+            served, usage, now_s = self._cores.take_ended(place), self._cores.usage(place), time.monotonic()
+            if now != told or served or any(progress) or now_s >= told_at_s + USAGE_POLL_S:
+                pipe.write(msgspec.json.encode(Feed(now, served, usage, progress)) + b"\n")
                 await pipe.drain()
-                told, told_usage, usage_at_s = now, usage, now_s
+                told, told_at_s = now, now_s
             await asyncio.sleep(LOAD_POLL_S)
 
     async def __del__(self) -> None:
@@ -270,22 +277,3 @@ def router_settings(llm_config: LLMConfig) -> RouterSettings:
             "`model` and `redis_url` (see configs/serve-llm-drop-in.yaml)"
         )
     return RouterSettings(**kwargs)
-
-
-class _ReplicaHeader:
-    """ASGI middleware: every answer names the replica that gave it, or its rank where the request has named one."""
-
-    def __init__(self, app: ASGIApp, name: str, ranks: range | None = None) -> None:
-        self._app = app
-        self._name = name
-        self._ranks = ranks
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        async def send_named(message: Message) -> None:
-            if message["type"] == "http.response.start":
-                named = Headers(scope=scope).get(rank_header.ENGINE_HEADER) if self._ranks else None
-                name = rank_header.served_by(self._name, self._ranks, named)
-                message["headers"] = [*message.get("headers", ()), (REPLICA_HEADER.encode(), name.encode())]
-            await send(message)
-
-        await self._app(scope, receive, send_named if scope["type"] == "http" else send)

@@ -37,11 +37,12 @@ from serve_app.index.faults import FaultLog
 from serve_app.index.keyspace import HeartbeatRecord
 from serve_app.index.redis_writer import LEASE_TTL_S, RedisWriter
 from serve_app.supervision import Backoff
-from serve_app.types import CPU, GPU, Domain, DomainId, EngineSpec, Epoch, ModelId, PodId, Served
+from serve_app.types import CPU, GPU, NO_PROGRESS, Domain, DomainId, EngineSpec, Epoch, ModelId, PodId, Progress, Served
 
 logger = logging.getLogger(__name__)
 
 HEARTBEAT_S = LEASE_TTL_S / 3
+FEED_LATE_S = 2.5  # the engine's process says something every second, unless it is stopped
 LOAD_REPORT_S = 0.05  # at most one load report in this time, at least one per HEARTBEAT_S
 RETRY_S = 0.5
 STAND_BY_S = LEASE_TTL_S  # while another publisher has our domain: by then it has renewed the lease, or it is gone
@@ -104,6 +105,7 @@ class Feed(msgspec.Struct, frozen=True):
     in_flight: int  # requests that it has now
     served: list[Served] = []  # requests that have ended since the line before
     usage: float = 0.0  # part of the GPU cache's blocks that requests hold, as vLLM counts; 0: nothing is compared
+    progress: Progress = NO_PROGRESS  # of requests since the line before
 
 
 class StopSignal(Protocol):
@@ -142,6 +144,8 @@ class Publisher:
         self._last_epoch = 0
         self._in_flight: int | None = None
         self._served: deque[Served] = deque(maxlen=SERVED_MAX)  # not yet reported
+        self._progress: deque[Progress] = deque(maxlen=SERVED_MAX)  # not yet reported
+        self._fed_at_s = 0.0
         self._reported_load: tuple[int, int] | None = None  # requests in flight, unused blocks
         self._reported_at_s = self._heartbeat_at_s = self._retry_at_s = 0.0
         self._applied = self._lost = self._joins = 0
@@ -422,16 +426,20 @@ class Publisher:
         )
 
     def _report_load(self, now_s: float) -> None:
-        if self._domain is None or self._in_flight is None:
+        if self._domain is None or self._in_flight is None or now_s - self._fed_at_s > FEED_LATE_S:
             return
         load = self._in_flight, self._blocks.unused if self._blocks is not None else 0
-        changed = load != self._reported_load or bool(self._served)
+        changed = load != self._reported_load or bool(self._served or self._progress)
         if now_s >= self._reported_at_s + (LOAD_REPORT_S if changed else HEARTBEAT_S):
             self._reported_at_s = now_s
             self._reported_load = load
             in_flight, unused_blocks = load
-            self._writer.report_load(self._domain.id, self._domain.epoch, in_flight, self._served, unused_blocks)
+            progress = Progress(*(b"".join(parts) for parts in zip(*self._progress, strict=True)))
+            self._writer.report_load(
+                self._domain.id, self._domain.epoch, in_flight, self._served, unused_blocks, progress
+            )
             self._served.clear()
+            self._progress.clear()
 
     def _read_feed(self) -> bool:
         assert self._feed is not None
@@ -442,6 +450,9 @@ class Publisher:
             self._in_flight = feed.in_flight
             self._usage = feed.usage
             self._served.extend(feed.served)
+            self._fed_at_s = time.monotonic()
+            if any(feed.progress):
+                self._progress.append(feed.progress)
         return bool(data)
 
     def _say_what_is_missing(self) -> None:

@@ -23,6 +23,8 @@ from serve_app.blocks import KEY_BYTES
 from serve_app.decoding import decoder
 from serve_app.errors import RecordNotUnderstood
 from serve_app.types import (
+    NO_PROGRESS,
+    TAG_BYTES,
     Attention,
     CacheLayout,
     Domain,
@@ -32,6 +34,7 @@ from serve_app.types import (
     KVGroup,
     ModelId,
     PodId,
+    Progress,
     Served,
     Tier,
 )
@@ -213,6 +216,8 @@ class LogRecord(msgspec.Struct, array_like=True, frozen=True):
     tokens: int = 0  # with `route`: prefill that it has to do
     unused_blocks: int = 0  # with `load`: blocks of the GPU cache that hold nothing; 0 also if that is not known
     cause: str = ""  # with `verdict`: why a router does not believe what it knows of the domain; renewed every second
+    tag: bytes = b""  # with `route`: the request
+    progress: Progress = NO_PROGRESS  # with `load`
 
 
 class SeqRecord(msgspec.Struct, array_like=True, frozen=True):
@@ -232,6 +237,8 @@ def decode_log(entry: bytes) -> LogRecord:
     if len(record.keys) % KEY_BYTES:
         raise msgspec.ValidationError(f"{len(record.keys)} bytes are no block keys")
     numbers = (record.epoch, record.seq, record.in_flight, record.tokens, record.unused_blocks)
+    if any(len(tags) % TAG_BYTES for tags in (record.tag, *record.progress)) or len(record.tag) > TAG_BYTES:
+        raise msgspec.ValidationError("these are no tags of requests")
     if not all(0 <= number < _NUMBER_MAX for number in numbers):
         raise msgspec.ValidationError("a number is out of range")
     if max(map(len, (record.op, record.domain, record.tier, record.router, record.cause))) > TEXT_MAX_CHARS:

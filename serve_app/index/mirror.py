@@ -52,6 +52,7 @@ from serve_app.types import (
     PodId,
     PodLoad,
     PodMatch,
+    Progress,
     Routed,
     Served,
     Tier,
@@ -155,6 +156,7 @@ class Mirror:
         self._lease_lost_at_s: dict[DomainId, float] = {}
         self._loads: dict[PodId, PodLoad] = {}
         self._served: deque[tuple[PodId, Sequence[Served]]] = deque(maxlen=NEWS_MAX)
+        self._progress: deque[tuple[PodId, Progress]] = deque(maxlen=NEWS_MAX)
         self._routed: deque[tuple[str, Routed]] = deque(maxlen=NEWS_MAX)
         self._heartbeats: dict[DomainId, HeartbeatRecord] = {}
         self._heard_at_s: dict[DomainId, float] = {}  # when the heartbeat was seen to change
@@ -247,6 +249,10 @@ class Mirror:
     def served(self) -> list[tuple[PodId, Sequence[Served]]]:
         """Requests that have ended, by pod, since this was asked last. For one reader."""
         return _drain(self._served)
+
+    def progress(self) -> list[tuple[PodId, Progress]]:
+        """What has become of requests, told since the last call, by pod."""
+        return _drain(self._progress)
 
     def routed(self) -> list[tuple[str, Routed]]:
         """What routers have sent where, each with the router's id, since this was asked last. For one reader."""
@@ -390,13 +396,11 @@ class Mirror:
                 if last is None or last[0] == epoch:  # an earlier publisher's leave says nothing of who has it now
                     self._forget(domain)
             case "load":
-                self._note_load(domain, record.in_flight, record.unused_blocks)
-                if record.served:
-                    self._served.append((PodId(record.domain), record.served))
+                self._note_report(domain, record)
             case "verdict":
                 self._verdict(domain, epoch, record.router, record.cause)
             case "route":
-                route = Routed(PodId(record.domain), record.keys, record.tokens, time.monotonic())
+                route = Routed(PodId(record.domain), record.keys, record.tokens, time.monotonic(), record.tag)
                 self._routed.append((record.router, route))
             case _:
                 pass  # of a later version; counted
@@ -567,6 +571,14 @@ class Mirror:
         domain = self._index.domain(domain_id)
         if domain is not None and domain.pod is not None:
             self._loads[domain.pod] = PodLoad(in_flight, time.monotonic(), unused_blocks)
+
+    def _note_report(self, domain: DomainId, record: LogRecord) -> None:
+        """What a pod has said of its requests."""
+        self._note_load(domain, record.in_flight, record.unused_blocks)
+        if any(record.progress):
+            self._progress.append((PodId(record.domain), record.progress))
+        if record.served:
+            self._served.append((PodId(record.domain), record.served))
 
     def _forget(self, domain: DomainId) -> None:
         self._heartbeats.pop(domain, None)

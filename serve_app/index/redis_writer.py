@@ -38,7 +38,7 @@ from serve_app.index.keyspace import (
     decode_domain,
     encode,
 )
-from serve_app.types import BlockKey, BlockKeys, Domain, DomainId, Epoch, ModelId, Served, Tier
+from serve_app.types import NO_PROGRESS, BlockKey, BlockKeys, Domain, DomainId, Epoch, ModelId, Progress, Served, Tier
 
 LEASE_TTL_S = 3.0  # a dead domain is out of every mirror within this and one check of the mirror
 STATE_TTL_S = 600  # block sets that nobody renews go away by themselves
@@ -230,15 +230,29 @@ class RedisWriter:
         )
 
     def report_load(
-        self, domain: DomainId, epoch: Epoch, in_flight: int, served: Sequence[Served] = (), unused_blocks: int = 0
+        self,
+        domain: DomainId,
+        epoch: Epoch,
+        in_flight: int,
+        served: Sequence[Served] = (),
+        unused_blocks: int = 0,
+        progress: Progress = NO_PROGRESS,
     ) -> None:
-        """Tell the routers how many requests the engine has, of those that ended, and how much room its cache has left.
+        """Tell the routers how many requests the engine has, what became of them, and how much room its cache has left.
 
         Buffered, as the changes are.
         """
         if self._current(domain, epoch) is not None:
             self._append(
-                LogRecord("load", domain, epoch, in_flight=in_flight, served=tuple(served), unused_blocks=unused_blocks)
+                LogRecord(
+                    "load",
+                    domain,
+                    epoch,
+                    in_flight=in_flight,
+                    served=tuple(served),
+                    unused_blocks=unused_blocks,
+                    progress=progress,
+                )
             )
 
     def close(self) -> None:

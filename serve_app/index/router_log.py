@@ -118,7 +118,8 @@ class RouterLog:
         with self._redis.pipeline(transaction=False) as pipeline:
             for _ in range(len(self._routes)):
                 route = self._routes.popleft()
-                record = LogRecord("route", route.pod, 0, keys=route.keys, router=self._router, tokens=route.tokens)
+                pod, keys, tokens, _, tag = route
+                record = LogRecord("route", pod, 0, keys=keys, router=self._router, tokens=tokens, tag=tag)
                 pipeline.xadd(self._keys.log, {LOG_FIELD: encode(record)}, maxlen=LOG_MAX_ENTRIES, approximate=True)
                 self.counters["routes"] += 1
             for _ in range(len(self._receipts)):

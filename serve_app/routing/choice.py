@@ -38,6 +38,7 @@ class Cost(NamedTuple):
     decode_s: float = 0.0  # requests that run there slow the prefill down
     balance_s: float = 0.0  # it has more than its share of the fleet's requests: all that run there wait longer
     displace_s: float = 0.0  # what the new blocks push out, and whom the prefill delays, must be made good later
+    suspect_s: float = 0.0  # it does not answer as it should (suspicion.py)
 
     @property
     def ttft_s(self) -> float:

@@ -8,6 +8,7 @@ Used on one event loop. What the pods report comes in between, through `loaded`,
 
 from __future__ import annotations
 
+import statistics
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
@@ -20,9 +21,10 @@ from serve_app.routing.imbalance import imbalance
 from serve_app.routing.in_flight import InFlight
 from serve_app.routing.learning import PrefillRates
 from serve_app.routing.ledger import Entry, Held, Ledger
+from serve_app.routing.suspicion import suspicion
 from serve_app.routing.turnover import Turnover
 from serve_app.scoring import Strategy, score_all
-from serve_app.types import BlockKeys, Found, PodId, PodLoad, PodMatch, Routed, Served
+from serve_app.types import BlockKeys, Found, PodId, PodLoad, PodMatch, Progress, RequestTag, Routed, Served
 
 SETTLE_S = 0.005  # the ledger is compared with the index at most this often
 
@@ -34,6 +36,7 @@ class Sent(NamedTuple):
 
     pod: PodId
     entries: Sequence[Entry]
+    tag: RequestTag = b""
 
 
 class Chooser:
@@ -78,7 +81,7 @@ class Chooser:
         turn = self._turns.order(pods)
         if self.policy is Policy.ROUND_ROBIN:
             return Choice(sorted(pods, key=turn.__getitem__), Outcome.BASELINE, self.policy.value)
-        loads = {pod: self.in_flight.count(pod, now_s) for pod in pods}
+        loads = self.in_flight.counts(pods, now_s)
         if self.policy is Policy.LEAST_LOADED:
             return Choice(by_load(pods, loads, turn), Outcome.BASELINE, self.policy.value)
         if self.policy is Policy.SESSION:
@@ -91,7 +94,7 @@ class Chooser:
 
     def expected(self, pods: Sequence[PodId], found: Found, now_s: float) -> dict[PodId, Cost]:
         """What the request would cost at each pod now."""
-        loads = {pod: self.in_flight.count(pod, now_s) for pod in pods}
+        loads = self.in_flight.counts(pods, now_s)
         return {pod: terms for pod, (terms, _) in self._costs(pods, found, loads, now_s).items()}
 
     def _by_session(
@@ -153,6 +156,8 @@ class Chooser:
         totals: dict[PodId, tuple[Cost, int]] = {}
         turnover = self.turnover.shares(pods, now_s)
         uneven = imbalance(loads)
+        queued = self._queued_tokens(pods, now_s)
+        suspects = self._suspects(pods, now_s)
         for i, (prompt, matches) in enumerate(zip(found.prompts, found.matches, strict=True)):
             blocks = {pod: match.total_tokens // size for pod in pods if (match := matches.get(pod)) is not None}
             soon = self.ledger.speculative_blocks(prompt.keys, blocks, now_s)
@@ -165,7 +170,7 @@ class Chooser:
                 terms = cost(
                     compute[pod],
                     matches.get(pod, _NOTHING),
-                    0 if i else self.ledger.queued_tokens(pod),  # what is there already counts once
+                    0 if i else queued[pod],  # what is there already counts once
                     0 if i else loads[pod],
                     0.0 if i else uneven[pod],
                     self.rates.s_per_token(pod),
@@ -173,9 +178,27 @@ class Chooser:
                     evicted.get(pod, 0),
                     self.weights,
                 )
+                if pod in suspects and not i:
+                    terms = terms._replace(suspect_s=suspects[pod])
                 one = terms, compute[pod]
                 totals[pod] = one if not i else _sum(totals[pod], one)
         return totals
+
+    def _queued_tokens(self, pods: Sequence[PodId], now_s: float) -> dict[PodId, float]:
+        """Prefill that each has not done yet. Of one that reports nothing it may be done: no more than is usual."""
+        queued: dict[PodId, float] = {pod: self.ledger.queued_tokens(pod) for pod in pods}
+        known = [queued[pod] for pod in pods if self.in_flight.report(pod, now_s) is not None]
+        if known and len(known) < len(pods):
+            usual = statistics.median(known)
+            for pod in pods:
+                if queued[pod] > usual and self.in_flight.report(pod, now_s) is None:
+                    queued[pod] = usual
+        return queued
+
+    def _suspects(self, pods: Sequence[PodId], now_s: float) -> dict[PodId, float]:
+        return suspicion(
+            {pod: max(self.ledger.overdue_s(pod, now_s), self.in_flight.overdue_s(pod, now_s)) for pod in pods}
+        )
 
     def _evicted_tokens(
         self, new_tokens: int, pods: Sequence[PodId], block_size: int, now_s: float
@@ -192,12 +215,17 @@ class Chooser:
 
     # -- what became of it ----------------------------------------------------------------------------------------
 
-    def sent(self, pod: PodId, found: Found | None, choice: Choice, now_s: float) -> Sent:
-        """`pod` gets the request."""
-        self.in_flight.sent(pod, now_s)
+    def sent(self, pod: PodId, found: Found | None, choice: Choice, now_s: float, tag: RequestTag = b"") -> Sent:
+        """`pod` gets the request.
+
+        Args:
+            tag: what the pod will call it when it tells of it; empty: it will not.
+        """
+        self.in_flight.sent(pod, now_s, tag)
         self._turns.sent(pod)
         if found is None or not choice.costs:
-            return Sent(pod, ())
+            return Sent(pod, (), tag)
+        expected_s = choice.costs[pod].ttft_s if pod in choice.costs else 0.0
         left = max(found.prompt_tokens - choice.held_tokens.get(pod, 0), 1)
         self.turnover.add(pod, left, now_s)
         entries = []
@@ -205,9 +233,13 @@ class Chooser:
             own = max(prompt.token_count - matches.get(pod, _NOTHING).total_tokens, 0)
             compute = left if i == len(found.prompts) else min(own, left)
             left -= compute
-            entries.append(self.ledger.sent(pod, prompt.keys, compute, now_s, complete=prompt.complete))
+            entries.append(
+                self.ledger.sent(
+                    pod, prompt.keys, compute, now_s, complete=prompt.complete, tag=tag, expected_s=expected_s
+                )
+            )
             self._homes.sent(pod, prompt.keys)
-        return Sent(pod, entries)
+        return Sent(pod, entries, tag)
 
     def had_turn(self, pod: PodId) -> None:
         """`pod` gets what costs it nothing; among equals it comes last now."""
@@ -220,23 +252,29 @@ class Chooser:
         routes = []
         for entry, matches in zip(sent.entries, found.matches, strict=True):
             held = matches.get(sent.pod, _NOTHING).total_tokens // found.block_size
-            routes.append(Routed(sent.pod, entry.keys[held * KEY_BYTES :], entry.tokens))
+            routes.append(Routed(sent.pod, entry.keys[held * KEY_BYTES :], entry.tokens, tag=sent.tag))
         return [route for route in routes if route.keys or route.tokens]
 
     def withdraw(self, sent: Sent) -> None:
         """It was not sent there after all."""
-        self.in_flight.withdrawn(sent.pod)
+        self.in_flight.withdrawn(sent.pod, sent.tag)
         for entry in sent.entries:
             self.ledger.withdraw(entry)
             self.turnover.withdraw(entry.pod, entry.tokens, entry.sent_at_s)
 
-    def routed(self, pod: PodId, keys: BlockKeys, tokens: int, now_s: float) -> None:
+    def routed(self, pod: PodId, keys: BlockKeys, tokens: int, now_s: float, tag: RequestTag = b"") -> None:
         """Another router has sent a request there."""
-        self.in_flight.sent(pod, now_s)
+        self.in_flight.sent(pod, now_s, tag)
         self._turns.sent(pod)
-        self.ledger.sent(pod, keys, tokens, now_s)
+        expected_s = (self.ledger.queued_tokens(pod) + tokens) * self.rates.s_per_token(pod)
+        self.ledger.sent(pod, keys, tokens, now_s, tag=tag, expected_s=expected_s)
         self._homes.sent(pod, keys)
         self.turnover.add(pod, tokens, now_s)
+
+    def progress(self, pod: PodId, progress: Progress) -> None:
+        """A pod has said what became of requests."""
+        self.in_flight.progress(pod, progress)
+        self.ledger.progress(pod, progress)
 
     def loaded(self, pod: PodId, load: PodLoad) -> None:
         """A pod has said how many requests it has."""

@@ -2,13 +2,14 @@
 
 A request that was just sent to a pod is in no index yet. Without a memory of it, the next requests with the same new
 prefix would be spread, and a burst would be sent to the pod that looks idle. So every routed request is an entry here
-until the pod's own BlockStored events tell of its last block, or its time is over. While it is open,
+until the pod says that its first token is there, or that it has ended. Of a pod that says no such thing, the entry ends
+when BlockStored events tell of the request's last block. While it is open,
 
 - the tokens that the pod has to compute for it count as queued prefill;
 - its blocks count as speculative: whoever comes next with the same prefix will find them when its turn comes.
 
     routed to a: 6 blocks, of which a held 2      queued at a: 4 blocks      speculative at a: 6 blocks
-    a stores block 6                              queued at a: 0             (the index has them now)
+    a has stored block 6 and made a token         queued at a: 0             (the index has them now)
 
 Speculative blocks are kept in two tables that take turns, so that old ones go away without being removed one by one.
 """
@@ -21,10 +22,12 @@ from dataclasses import dataclass
 
 from serve_app.blocks import KEY_BYTES
 from serve_app.index.table import BlockTable
-from serve_app.routing.in_flight import REPORT_DELAY_S
-from serve_app.types import BlockKeys, PodId, PodLoad
+from serve_app.routing.early import Early
+from serve_app.routing.in_flight import ACCEPT_S, REPORT_DELAY_S
+from serve_app.types import BlockKeys, PodId, PodLoad, Progress, RequestTag
 
 FORGET_S = 120.0  # an entry that nothing was heard of for so long is closed
+LATE_TIMES, LATE_S = 5.0, 2.0  # a first token is overdue after so many times the expected time, and so many seconds
 SPECULATE_S = 2.0  # a block that was routed counts for so long at least, twice as long at most, unless still queued
 
 _WORD_BITS = 64  # of a BlockTable's masks
@@ -42,52 +45,109 @@ class Entry:
     tokens: int  # that the pod has to compute
     sent_at_s: float
     last: BlockKeys  # its last block: when that is stored, all is; empty: unknown, or there is none
+    tag: RequestTag = b""  # of the request
+    due_s: float = 0.0  # when its first token should be there, if all goes as expected
 
 
 class Ledger:
     """Used on one event loop."""
 
     def __init__(self) -> None:
-        self._entries: dict[PodId, list[Entry]] = {}
+        self._entries: dict[PodId, list[Entry]] = {}  # the oldest first
+        self._by_tag: dict[tuple[PodId, RequestTag], list[Entry]] = {}  # a request of several prompts has several
+        self._accepted: set[tuple[PodId, RequestTag]] = set()  # of these
+        self._tells: set[PodId] = set()  # pods that say what becomes of each request
+        self._early = Early()
         self._queued: dict[PodId, int] = {}
         self._bits: dict[PodId, int] = {}
         self._tables = (BlockTable(), BlockTable())  # new ones, and those of the time before
         self._turn_at_s = 0.0
 
-    def sent(self, pod: PodId, keys: BlockKeys, tokens: int, now_s: float, *, complete: bool = True) -> Entry:
+    def sent(
+        self,
+        pod: PodId,
+        keys: BlockKeys,
+        tokens: int,
+        now_s: float,
+        *,
+        complete: bool = True,
+        tag: RequestTag = b"",
+        expected_s: float = 0.0,
+    ) -> Entry:
         """A request was routed to `pod`, which has to compute `tokens` of it.
 
         Args:
             complete: whether the keys are those of the whole prompt. If not, the pod may hold them all and yet have
                 the rest to compute; only its reports, and time, close the entry.
+            tag: of the request; empty: the pod cannot tell of it.
+            expected_s: time to its first token.
         """
         self._turn(now_s)
-        entry = Entry(pod, keys, tokens, now_s, keys[-KEY_BYTES:] if complete else b"")
-        self._entries.setdefault(pod, []).append(entry)
-        self._queued[pod] = self._queued.get(pod, 0) + tokens
+        entry = Entry(pod, keys, tokens, now_s, keys[-KEY_BYTES:] if complete else b"", tag, now_s + expected_s)
+        if not (tag and self._early.was_told(pod, tag)):
+            self._entries.setdefault(pod, []).append(entry)
+            self._queued[pod] = self._queued.get(pod, 0) + tokens
+            if tag:
+                self._by_tag.setdefault((pod, tag), []).append(entry)
         if keys:
             self._tables[0].add(keys, self._bit(pod))
         return entry
 
     def withdraw(self, entry: Entry) -> None:
         """It has not gone there after all. (Its blocks stay speculative for a moment: others may have them too.)"""
-        entries = self._entries.get(entry.pod, [])
-        if entry in entries:
-            entries.remove(entry)
-            self._queued[entry.pod] -= entry.tokens
+        self._close({entry})
+
+    def progress(self, pod: PodId, progress: Progress) -> None:
+        """What has become of requests there."""
+        accepted, prefilled, ended = progress.tags()
+        if accepted:
+            self._tells.add(pod)
+        self._accepted.update((pod, tag) for tag in accepted if (pod, tag) in self._by_tag)
+        done: set[Entry] = set()
+        for tag in (*prefilled, *ended):
+            done.update(self._by_tag.get((pod, tag), ()))
+        for tag in prefilled:
+            if (pod, tag) not in self._by_tag:
+                self._early.told(pod, tag)
+        if done:
+            self._close(done)
 
     def settle(self, held: Held, now_s: float) -> None:
-        """Close the entries whose last block is stored, and those whose time is over."""
-        entries = [entry for of_pod in self._entries.values() for entry in of_pod]
-        if not entries:
-            return
-        ending = [entry for entry in entries if entry.last]
-        stored = held([entry.pod for entry in ending], b"".join([entry.last for entry in ending]))
-        done = {entry for entry, is_stored in zip(ending, stored, strict=True) if is_stored}
-        self._close(done | {entry for entry in entries if now_s - entry.sent_at_s >= FORGET_S})
+        """Close the entries that have come to an end without being told of.
+
+        That is: the last block is stored, at a pod that does not tell; the engine has not accepted it in time, at one
+        that does; or nothing was heard for very long.
+        """
+        old, ending = [], []
+        for entries in self._entries.values():
+            for entry in entries:
+                if now_s - entry.sent_at_s >= FORGET_S or (
+                    now_s - entry.sent_at_s >= ACCEPT_S and self._is_told(entry) and not self._is_accepted(entry)
+                ):
+                    old.append(entry)
+                elif entry.last and not self._is_told(entry):
+                    ending.append(entry)
+        if ending:
+            stored = held([entry.pod for entry in ending], b"".join([entry.last for entry in ending]))
+            old += [entry for entry, is_stored in zip(ending, stored, strict=True) if is_stored]
+        if old:
+            self._close(set(old))
+
+    def overdue_s(self, pod: PodId, now_s: float) -> float:
+        """How much later than five times the expected time, and two seconds, the oldest first token there is."""
+        entries = self._entries.get(pod)
+        if not entries or not self._is_told(entries[0]):
+            return 0.0
+        oldest = entries[0]
+        return max(now_s - oldest.sent_at_s - LATE_TIMES * (oldest.due_s - oldest.sent_at_s) - LATE_S, 0.0)
 
     def reported(self, pod: PodId, load: PodLoad) -> None:
-        """No more entries can be open than the pod has requests: the oldest beyond are done, or never came."""
+        """No more entries can be open than the pod has requests: the oldest beyond are done, or never came.
+
+        A pod that tells of each needs no such guess.
+        """
+        if pod in self._tells:
+            return
         known_until_s = load.received_at_s - REPORT_DELAY_S
         seen = [entry for entry in self._entries.get(pod, ()) if entry.sent_at_s <= known_until_s]
         excess = len(seen) - load.in_flight
@@ -128,16 +188,28 @@ class Ledger:
 
     def keep_only(self, pods: Iterable[PodId]) -> None:
         for pod in (self._entries.keys() | self._bits.keys()) - set(pods):
+            self._close(set(self._entries.get(pod, ())))
             self._entries.pop(pod, None)
             self._queued.pop(pod, None)
+            self._tells.discard(pod)
             bit = self._bits.pop(pod, None)
             if bit is not None:
                 for table in self._tables:
                     table.erase(bit)
 
+    def _is_told(self, entry: Entry) -> bool:
+        """Whether the pod will say what becomes of it."""
+        return bool(entry.tag) and entry.pod in self._tells
+
+    def _is_accepted(self, entry: Entry) -> bool:
+        return (entry.pod, entry.tag) in self._accepted
+
     def _close(self, done: AbstractSet[Entry]) -> None:
+        for entry in done:
+            self._by_tag.pop((entry.pod, entry.tag), None)
+            self._accepted.discard((entry.pod, entry.tag))
         for pod in {entry.pod for entry in done}:
-            left = [entry for entry in self._entries[pod] if entry not in done]
+            left = [entry for entry in self._entries.get(pod, ()) if entry not in done]
             self._entries[pod] = left
             self._queued[pod] = sum(entry.tokens for entry in left)
 
