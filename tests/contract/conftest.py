@@ -1,14 +1,23 @@
-"""What the write path's tests share. No publisher outlives its test: it would publish into the next one's Valkey."""
+"""What the tests of the write path and of the router share.
+
+No publisher outlives its test: it would publish into the next one's Valkey.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import AsyncIterator, Iterator
+from pathlib import Path
 
 import pytest
+from ray.serve._private.common import DeploymentHandleSource, DeploymentID
 
+from serve_app.deployments import routed
+from serve_app.deployments.request_router import KVCacheAwareRouter
 from serve_app.index.mirror import Mirror
+from tests.contract import serve_router
 from tests.engine import MODEL, PublisherProcess
 from tests.helpers import following
+from tests.unit.prompts.conftest import write_model
 
 
 @pytest.fixture
@@ -22,3 +31,21 @@ def publishers_end_with_their_test() -> Iterator[None]:
     yield
     while PublisherProcess.started:
         PublisherProcess.started.pop().kill()
+
+
+@pytest.fixture
+def fleet(redis_url: str, tmp_path: Path) -> Iterator[serve_router.Fleet]:
+    fleet = serve_router.Fleet(redis_url, write_model(tmp_path))
+    yield fleet
+    fleet.writer.close()
+
+
+@pytest.fixture
+async def router(redis_url: str, monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[KVCacheAwareRouter]:
+    """Ray's request router class, as a process has it that HAProxy or Serve asks."""
+    monkeypatch.setattr(routed, "_router", None)
+    router = KVCacheAwareRouter(DeploymentID("llm", "app"), DeploymentHandleSource.REPLICA)
+    router.initialize_state(model=serve_router.MODEL, redis_url=redis_url, decision_deadline_s=5)
+    router.update_replicas([serve_router.Replica("a"), serve_router.Replica("b")])
+    yield router
+    await router.decider.close()

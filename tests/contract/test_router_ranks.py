@@ -5,84 +5,21 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import AsyncIterator, Iterator
 from dataclasses import replace
-from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 from ray.llm._internal.serve.core.protocol import RawRequestInfo
 from ray.serve._private.common import (
-    DeploymentHandleSource,
-    DeploymentID,
-    ReplicaID,
     RequestMetadata,
-    RunningReplicaInfo,
 )
-from ray.serve._private.request_router.replica_wrapper import RunningReplica
 from ray.serve.request_router import PendingRequest
 
-from serve_app.blocks import block_keys, namespace_key, pack_tokens
 from serve_app.deployments import rank_header, routed
 from serve_app.deployments.request_router import KVCacheAwareRouter
-from serve_app.index.keyspace import HeartbeatRecord
-from serve_app.index.redis_writer import RedisWriter
 from serve_app.routing.ranks import pod_of_rank
-from serve_app.types import GPU, Domain, DomainId, EngineSpec, Epoch, ModelId, PodId
-from tests.unit.prompts.conftest import write_model
-
-MODEL = ModelId("test-model")
-SIZE = 4
-MAX_ONGOING = 8
-TOKENS = list(range(20, 20 + 10 * SIZE))  # a prompt
-
-
-class Replica(RunningReplica):
-    """Ray's, of an actor that is not there."""
-
-    def __init__(self, name: str) -> None:
-        identity = ReplicaID(name, DeploymentID("llm", "app"))
-        self._replica_info = RunningReplicaInfo(identity, None, None, None, name, MAX_ONGOING)
-        self._multiplexed_model_ids = set()
-
-
-class Fleet:
-    """What publishers of replicas with ranks write."""
-
-    def __init__(self, redis_url: str, tokenizer: str) -> None:
-        self.writer = RedisWriter(redis_url, MODEL, lease_ttl_s=60)
-        self._spec = EngineSpec(MODEL, SIZE, tokenizer)
-
-    def join(self, replica: str, rank: int, *, holds: int = 0) -> Domain:
-        """A rank that holds so many blocks of the prompt."""
-        pod = pod_of_rank(replica, rank)
-        domain = Domain(DomainId(pod), Epoch(time.time_ns() // 1_000_000), self._spec, pod, rank=rank, replica=replica)
-        self.publish(domain, holds)
-        return domain
-
-    def publish(self, domain: Domain, holds: int = 0) -> None:
-        self.writer.join(domain)
-        if holds:
-            keys = block_keys(pack_tokens(TOKENS[: holds * SIZE]), SIZE, namespace_key(MODEL, SIZE))
-            self.writer.add(domain.id, domain.epoch, GPU, keys)
-        self.writer.flush()
-        self.writer.heartbeat(domain.id, HeartbeatRecord(domain.epoch))
-
-
-@pytest.fixture
-def fleet(redis_url: str, tmp_path: Path) -> Iterator[Fleet]:
-    fleet = Fleet(redis_url, write_model(tmp_path))
-    yield fleet
-    fleet.writer.close()
-
-
-@pytest.fixture
-async def router(redis_url: str) -> AsyncIterator[KVCacheAwareRouter]:
-    router = KVCacheAwareRouter(DeploymentID("llm", "app"), DeploymentHandleSource.REPLICA)
-    router.initialize_state(model=MODEL, redis_url=redis_url, decision_deadline_s=5)
-    router.update_replicas([Replica("a"), Replica("b")])
-    yield router
-    await router.decider.close()
+from serve_app.types import DomainId, PodId
+from tests.contract.serve_router import MAX_ONGOING, MODEL, TOKENS, Fleet, Replica, know
 
 
 def request(number: int, *more: object) -> PendingRequest:
@@ -99,17 +36,6 @@ async def choose(router: KVCacheAwareRouter, pending: PendingRequest) -> list[st
     """Replicas, best first."""
     ranked = await router.choose_replicas([Replica("a"), Replica("b")], pending)
     return [replica.replica_id.unique_id for (replica,) in ranked]
-
-
-async def know(router: KVCacheAwareRouter, pods: int) -> None:
-    """Until the router's mirror has so many pods, and the tokenizer is there."""
-    deadline = time.monotonic() + 10
-    mirror = router.decider.mirror
-    assert mirror is not None
-    while len(mirror.pods()) != pods or mirror.spec() is None:
-        assert time.monotonic() < deadline
-        await asyncio.sleep(0.01)
-    await asyncio.sleep(0.2)
 
 
 def told(headers: dict[str, str], replica: str) -> str | None:
