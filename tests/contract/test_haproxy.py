@@ -22,6 +22,7 @@ from serve_app import haproxy
 from tests.helpers import eventually
 from tests.servers import free_port
 
+HAPROXY = Path(sys.executable).with_name("kvcache-haproxy")
 TIMEOUT_S = 0.4
 BODY = {"model": "m", "prompt": "hello"}
 
@@ -133,8 +134,9 @@ def config(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[St
 def stack(config: tuple[Stack, Path], monkeypatch: pytest.MonkeyPatch) -> Iterator[Stack]:
     stack, path = config
     monkeypatch.setenv(haproxy.TIMEOUT_VARIABLE, str(TIMEOUT_S))
+    monkeypatch.setenv("RAY_SERVE_HAPROXY_BINARY_PATH", str(HAPROXY))
     with ExitStack() as processes:
-        process = subprocess.Popen([sys.executable, "-m", "serve_app.haproxy", "-db", "-f", str(path)])
+        process = subprocess.Popen([str(HAPROXY), "-db", "-f", str(path)])
         processes.callback(process.wait)
         processes.callback(process.kill)
 

@@ -284,10 +284,10 @@ def audit(stack: local_stack.Running, output: Path, *options: str) -> tuple[int,
 
 def test_the_audit_finds_the_index_right_under_eviction(stack: local_stack.Running, tmp_path: Path) -> None:
     """More conversations than both caches hold, each request right after the answer before, or shortly after."""
-    size = ("--count", "40", "--conversations", "16", "--tokens", "900")
+    size = ("--count", "48", "--conversations", "24", "--tokens", "900")
     status, found = audit(stack, tmp_path / "audit.json", *size, "--require", "0.99")
     assert found["skipped"] == {}
-    assert found["requests"] == 40
+    assert found["requests"] == 48
     assert status == 0
     assert found["within_one_block"] >= 0.99
     assert found["traffic"]["evicted"] > 0
