@@ -135,7 +135,11 @@ def _direct(application: Application, config: LLMConfig) -> Application:
         return application
     if not (why_not := ingress_router.can_be_used()):
         adapters_of = config.model_id if config.lora_config is not None else ""
-        return ingress_router.with_ingress_router(application, adapters_of, _embedded_redis([config]))
+        application = ingress_router.with_ingress_router(application, adapters_of)
+        if (redis := _embedded_redis([config])) is not None and str(config.server_cls).endswith(_REPLICA):
+            # A router may have no deployment beside it, so the replicas do. There is no public way after `bind`.
+            application._bound_deployment.init_kwargs["redis"] = redis
+        return application
     logger.warning("kvcache: Ray's LLMRouter is used, which is slower: %s", why_not)
     if config.engine_kwargs.get("data_parallel_size", 1) > 1:
         from serve_app.deployments.rank_router import with_rank_names

@@ -42,10 +42,22 @@ class SimulatedEngine(LLMEngine):
         # What VLLMReplica reads of vLLM's AsyncLLM: for the publisher's settings, the load, what was served.
         self._engine_client = SimpleNamespace(
             vllm_config=SimpleNamespace(
-                cache_config=SimpleNamespace(block_size=self._block_size, num_gpu_blocks=0),
-                model_config=SimpleNamespace(tokenizer=self._model_path),
+                cache_config=SimpleNamespace(
+                    block_size=self._block_size, num_gpu_blocks=0, prefix_caching_hash_algo="sha256"
+                ),
+                model_config=SimpleNamespace(
+                    tokenizer=self._model_path,
+                    model=self._model_path,
+                    runner_type="generate",
+                    revision=None,
+                    tokenizer_revision=None,
+                    tokenizer_mode="auto",
+                ),
+                parallel_config=SimpleNamespace(data_parallel_size_local=1),
+                kv_transfer_config=None,
             ),
-            output_processor=SimpleNamespace(get_num_unfinished_requests=lambda: 0),
+            renderer=SimpleNamespace(tokenizer=None),
+            output_processor=SimpleNamespace(get_num_unfinished_requests=lambda: 0, request_states={}),
             logger_manager=None,  # as with `disable_log_stats`
         )
 

@@ -66,10 +66,9 @@ class IngressRouter:
     Args:
         server: the LLM deployment, whose router class is KVCacheAwareRouter.
         base_model: see `with_ingress_router`.
-        redis: is deployed with this one.
     """
 
-    def __init__(self, server: DeploymentHandle[Any], base_model: str = "", redis: object = None) -> None:
+    def __init__(self, server: DeploymentHandle[Any], base_model: str = "") -> None:
         self._server = server
         server._init()  # type: ignore[no-untyped-call]  # makes the KVCacheAwareRouter of this process
         routed.base_model = base_model
@@ -123,15 +122,12 @@ def can_be_used() -> str:
     return ""
 
 
-def with_ingress_router(
-    application: Application, base_model: str = "", redis: Application | None = None
-) -> Application:
+def with_ingress_router(application: Application, base_model: str = "") -> Application:
     """The same application, with IngressRouter in the place of its LLMRouter.
 
     Args:
         application: of `ray.serve.llm.build_openai_app`, with direct streaming.
         base_model: model id of the base, if adapters are loaded at need; empty: they are not.
-        redis: a deployment that goes with it.
     """
     router = serve.deployment(
         name="IngressRouter",
@@ -139,7 +135,7 @@ def with_ingress_router(
         ray_actor_options={"num_cpus": 0, "runtime_env": {"env_vars": FAST}},
         logging_config={"enable_access_log": False},
     )(serve.ingress()(IngressRouter))
-    return application._with_ingress_request_router(router.bind(application, base_model, redis))
+    return application._with_ingress_request_router(router.bind(application, base_model))
 
 
 async def _answer(headers: Sequence[tuple[bytes, bytes]], body: bytes) -> bytes:

@@ -43,9 +43,15 @@ _OFFLOADING = "OffloadingConnector"
 
 
 class VLLMReplica(LLMServer):
-    """`server_cls` of an LLMConfig whose request router is KVCacheAwareRouter; both read the same settings."""
+    """`server_cls` of an LLMConfig whose request router is KVCacheAwareRouter; both read the same settings.
 
-    async def __init__(self, llm_config: LLMConfig, **kwargs: Any) -> None:  # type: ignore[misc]  # Ray awaits it
+    Args:
+        redis: is deployed with this one.
+    """
+
+    async def __init__(  # type: ignore[misc]  # Ray awaits it
+        self, llm_config: LLMConfig, redis: object = None, **kwargs: Any
+    ) -> None:
         self._settings = router_settings(llm_config)
         self._pod = serve.get_replica_context().replica_id.unique_id
         self._ranks = self._data_parallel_ranks(llm_config)
