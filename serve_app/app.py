@@ -138,7 +138,7 @@ def _direct(application: Application, config: LLMConfig) -> Application:
         application = ingress_router.with_ingress_router(application, adapters_of)
         if (redis := _embedded_redis([config])) is not None and str(config.server_cls).endswith(_REPLICA):
             # A router may have no deployment beside it, so the replicas do. There is no public way after `bind`.
-            application._bound_deployment.init_kwargs["redis"] = redis
+            application._bound_deployment.init_kwargs["redis"] = redis  # type: ignore[index]  # Ray calls a dict a tuple
         return application
     logger.warning("kvcache: Ray's LLMRouter is used, which is slower: %s", why_not)
     if config.engine_kwargs.get("data_parallel_size", 1) > 1:

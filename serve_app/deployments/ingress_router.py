@@ -26,8 +26,11 @@ from ray.serve import Application
 from ray.serve._private.constants import SERVE_MULTIPLEXED_MODEL_ID
 from ray.serve._private.http_util import _matches_session_id_header
 from ray.serve.handle import DeploymentHandle
+from starlette.applications import Starlette
 from starlette.middleware import Middleware
-from starlette.responses import PlainTextResponse
+from starlette.requests import Request
+from starlette.responses import PlainTextResponse, Response
+from starlette.routing import Route
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from serve_app.deployments import rank_header, routed
@@ -80,8 +83,13 @@ class IngressRouter:
         router.decider.check_alive()
 
     async def __serve_build_asgi_app__(self) -> ASGIApp:
-        """For people, and for a request that the middleware has not taken: there is no other."""
-        return PlainTextResponse("ok\n")
+        """For people: what HAProxy asks, the middleware has answered before."""
+
+        async def health(_: Request) -> Response:
+            self.check_health()
+            return PlainTextResponse("ok\n")
+
+        return Starlette(routes=[Route("/health", health)])
 
 
 class RouteEndpoint:
