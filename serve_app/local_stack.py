@@ -112,7 +112,7 @@ def start(config: Mapping[str, Any], *, direct: bool, on_progress: Progress, nam
     home.mkdir(parents=True, exist_ok=True)
     path, log = home / "serve.yaml", home / "serve.log"
     path.write_text(yaml.safe_dump(dict(config), sort_keys=False))
-    environment = {**os.environ, **_LOCAL_ENV, **(DIRECT_ENV if direct else {})}
+    environment = {**(DIRECT_ENV if direct else {}), **os.environ, **_LOCAL_ENV}
     with log.open("wb") as output:
         process = subprocess.Popen(
             [sys.executable, "-c", _SERVE_RUN, "run", str(path)],
