@@ -32,7 +32,8 @@ _HEALTH_CHECK_S = 2.0  # Serve acts on the third failure
 _INGRESS_OPTIONS = {"num_replicas": 1, "ray_actor_options": {"num_cpus": 0.1}}
 
 _ROUTER = "serve_app.deployments.request_router.KVCacheAwareRouter"
-_REPLICA = "serve_app.deployments.vllm_replica.VLLMReplica"
+_REPLICA_MODULE = "serve_app.deployments.vllm_replica"
+_REPLICA = f"{_REPLICA_MODULE}.VLLMReplica"
 _INGRESS = "serve_app.deployments.openai_ingress.KVCacheIngress"
 
 
@@ -133,18 +134,14 @@ def _direct(application: Application, config: LLMConfig) -> Application:
 
     if _settings_of(config) is None:
         return application
-    if not (why_not := ingress_router.can_be_used()):
+    if why_not := ingress_router.can_be_used():
+        logger.warning("kvcache: Ray's LLMRouter is used, which is slower and cannot name ranks: %s", why_not)
+    else:
         adapters_of = config.model_id if config.lora_config is not None else ""
         application = ingress_router.with_ingress_router(application, adapters_of)
-        if (redis := _embedded_redis([config])) is not None and str(config.server_cls).endswith(_REPLICA):
-            # A router may have no deployment beside it, so the replicas do. There is no public way after `bind`.
-            application._bound_deployment.init_kwargs["redis"] = redis  # type: ignore[index]  # Ray calls a dict a tuple
-        return application
-    logger.warning("kvcache: Ray's LLMRouter is used, which is slower: %s", why_not)
-    if config.engine_kwargs.get("data_parallel_size", 1) > 1:
-        from serve_app.deployments.rank_router import with_rank_names
-
-        return with_rank_names(application)
+    if (redis := _embedded_redis([config])) is not None and _REPLICA_MODULE in str(config.server_cls):
+        # A router may have no deployment beside it, so the replicas do. There is no public way after `bind`.
+        application._bound_deployment.init_kwargs["redis"] = redis  # type: ignore[index]  # Ray calls a dict a tuple
     return application
 
 

@@ -3,7 +3,7 @@
 In: where to put files. Out: `Running`: where to send requests, and where the same engines can be called directly. Only
 one system runs at a time, for an idle Ray cluster costs a noticeable part of two cores.
 
-    ours_local     HAProxy -> LLMRouter, KVCacheAwareRouter with local stages    (configs/quickstart.yaml)
+    ours_local     HAProxy -> our ingress router with local stages              (configs/quickstart.yaml)
     ours_graph     the same, prompt and index stages called as deployments      (configs/graph.yaml)
     ours_ingress   Ray Serve LLM's ordinary ingress, local stages               (configs/quickstart.yaml)
     vllm_router_*  vllm-router of PyPI with that policy

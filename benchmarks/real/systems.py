@@ -186,7 +186,7 @@ class ServeStack:
             routers = {receipt["router"] for receipt in self._receipts()} - before
             return len(routers) >= self._shape.routers
 
-        prefix = f"ray::ServeReplica:llm:{'KVCacheIngress' if self._system is System.RAY_PREFIX else 'LLMRouter'}"
+        prefix = f"ray::ServeReplica:llm:{'KVCacheIngress' if self._system is System.RAY_PREFIX else 'IngressRouter'}"
         old = _kill(self._running, prefix)
         if not old:
             raise TimeoutError(f"no process of {prefix} was found")

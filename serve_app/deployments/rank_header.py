@@ -2,8 +2,8 @@
 
     ordinary ingress    the ingress hands the client's headers on with the request: the router adds `replica -> rank` to
                         them (whichever replica takes it in the end), and the replica puts its own rank in their place
-    direct streaming    RankNamingRouter answers HAProxy with the header (rank_router.py)
-    any other way       the rank cannot be named, and the engine takes one itself
+    direct streaming    our ingress router answers HAProxy with the header (ingress_router.py)
+    any other way       the rank cannot be named, and the engine takes one itself; Ray's LLMRouter is one
 
 In: ranks by replica. Out: `X-data-parallel-rank`, which vLLM 0.29 reads on chat, completions and generate
 (entrypoints/generate/base/serving.py, `_get_data_parallel_rank`).
@@ -18,7 +18,6 @@ from typing import Any
 import msgspec
 from ray.serve.request_router import PendingRequest
 
-from serve_app.deployments import routed
 from serve_app.routing.ranks import pod_of_rank
 from serve_app.types import PodId
 
@@ -30,7 +29,7 @@ _decode = msgspec.json.Decoder(dict[str, int]).decode
 
 def can_name(request: PendingRequest | None) -> bool:
     """Whether a rank can be named to the engine that gets the request."""
-    return request is not None and (routed.hands_over_ranks() or _headers(request) is not None)
+    return request is not None and _headers(request) is not None
 
 
 def name(request: PendingRequest, ranks: Mapping[PodId, int]) -> None:
@@ -38,8 +37,6 @@ def name(request: PendingRequest, ranks: Mapping[PodId, int]) -> None:
     headers = _headers(request)
     if headers is not None:
         headers[_CHOSEN_HEADER] = msgspec.json.encode(ranks).decode()
-    else:
-        routed.remember_ranks(request.metadata.request_id, ranks)
 
 
 def take(headers: dict[str, str], replica: str) -> None:

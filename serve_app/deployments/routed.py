@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 from cachetools import LRUCache
 
-from serve_app.types import PodId, short_id
+from serve_app.types import short_id
 
 if TYPE_CHECKING:
     from serve_app.deployments.request_router import KVCacheAwareRouter
@@ -19,9 +19,7 @@ if TYPE_CHECKING:
 _REMEMBERED_REQUESTS = 10_000
 
 _replicas: LRUCache[str, str] = LRUCache(_REMEMBERED_REQUESTS)
-_ranks: LRUCache[str, Mapping[PodId, int]] = LRUCache(_REMEMBERED_REQUESTS)
 _explanations: LRUCache[str, Mapping[str, str]] = LRUCache(_REMEMBERED_REQUESTS)
-_hands_over_ranks = False
 _router: KVCacheAwareRouter | None = None
 base_model = ""  # of the adapters that this router's replicas load at need; empty: they load none
 
@@ -52,24 +50,3 @@ def remember(request_id: str, replica: str) -> None:
 def replica_of(request_id: str) -> str | None:
     """The replica's unique id, or the name of the data parallel rank; None if it was not routed here, or long ago."""
     return _replicas.get(short_id(request_id))
-
-
-def hand_over_ranks() -> None:
-    """Somebody in this process asks for the ranks that are chosen here, and hands them to the engine."""
-    global _hands_over_ranks  # noqa: PLW0603  # of the process, as the tables are
-    _hands_over_ranks = True
-
-
-def hands_over_ranks() -> bool:
-    return _hands_over_ranks
-
-
-def remember_ranks(request_id: str, ranks: Mapping[PodId, int]) -> None:
-    """Which rank is to take the request, by the replica that it may be sent to."""
-    _ranks[short_id(request_id)] = ranks
-
-
-def take_rank(request_id: str, replica: PodId) -> int | None:
-    """The rank to name to the replica; None: none was chosen. It is told once."""
-    ranks: Mapping[PodId, int] = _ranks.pop(short_id(request_id), {})
-    return ranks.get(replica)

@@ -1,8 +1,8 @@
 """Ingress of the graph: the Score API over HTTP.
 
 POST /kvcache/v1/score     an OpenAI request body, plus optional `pods` and `strategy`  ->  ScoreAnswer
-PUT  /kvcache/v1/score     the same. With direct streaming, Ray's HAProxy has the LLM router decide on every POST,
-                           whatever its path: as a PUT, a question to the Score API is not taken for a request.
+PUT  /kvcache/v1/score     the same, for HAProxy as Ray runs it (without `kvcache-haproxy`): that has the LLM router
+                           decide on every POST, whatever its path, and a question would be taken for a request.
 GET  /kvcache/v1/pods      what the index knows of every pod
 GET  /kvcache/v1/receipts  the routers' last decisions, each with what came of it
 GET  /kvcache/health

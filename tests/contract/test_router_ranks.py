@@ -67,19 +67,6 @@ async def test_a_rank_that_a_client_names_is_not_the_one_that_was_chosen(
     assert told(info.headers, "a") == "1"
 
 
-async def test_with_direct_streaming_the_rank_waits_for_the_answer_to_haproxy(
-    router: KVCacheAwareRouter, fleet: Fleet, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(routed, "_hands_over_ranks", True)  # as RankNamingRouter does it for its process
-    fleet.join("a", 0)
-    fleet.join("a", 1, holds=8)
-    await know(router, 2)
-    pending = request(1)
-    assert (await choose(router, pending))[0] == "a"
-    assert routed.take_rank("request-1", router._replicas_list[0].replica_id.unique_id) == 1
-    assert routed.take_rank("request-1", router._replicas_list[0].replica_id.unique_id) is None
-
-
 async def test_where_a_rank_cannot_be_named_the_replica_counts_as_its_best(
     router: KVCacheAwareRouter, fleet: Fleet, caplog: pytest.LogCaptureFixture
 ) -> None:

@@ -76,7 +76,7 @@ class Stack:
         self.a, self.b = replicas_of(running)
 
     def matched(self, text: str) -> dict[str, dict[str, int]]:
-        answer = httpx.put(f"{self.graph}/v1/score", json={"model": MODEL, "prompt": text}, timeout=60)
+        answer = httpx.post(f"{self.graph}/v1/score", json={"model": MODEL, "prompt": text}, timeout=60)
         return {pod: score["matched_tokens"] for pod, score in answer.json()["pods"].items()}
 
     def shared(self) -> list[dict[str, Any]]:

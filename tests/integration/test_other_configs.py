@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import secrets
+import time
 from collections.abc import Iterator
 from hashlib import sha256
 from typing import Any
@@ -137,6 +138,39 @@ class TestGraph:
                 timeout=60,
             )
             assert answer.status_code in statuses, answer.text
+
+
+class TestOneLine:
+    """An ordinary Ray Serve LLM config whose `import_path` is ours: direct streaming, and nothing else deployed."""
+
+    @pytest.fixture(scope="class")
+    @classmethod
+    def stack(cls, start_stack: Start, model_path: str) -> Iterator[local_stack.Running]:
+        cpu = config("quickstart.yaml")["applications"][1]["args"]["llm"]
+        llm = {**cpu, "model_loading_config": {"model_id": "small", "model_source": model_path}}
+        loaded = config("serve-llm-drop-in.yaml")
+        (app,) = loaded["applications"]
+        app.update(import_path="serve_app.app:build_openai_app", args={"llm_configs": [llm]})
+        app["args"]["kvcache"] = {"explain": True}
+        running = start_stack(loaded, direct=True)
+        yield running
+        local_stack.stop(running, on_progress=print)
+
+    def test_conversations_stay_and_say_why(self, stack: local_stack.Running) -> None:
+        seen = converse(stack.url, "Ada", wait=lambda _: time.sleep(0.5))
+        assert len({replica for replica, _, _ in seen}) == 1
+        assert all(cached >= prompt - 96 for _, prompt, cached in seen[1:])
+        body = {"model": "small", "prompt": "The keeper counted ships. " * 40, "max_tokens": 1}
+        new, known = [self._ask(stack, body) for _ in range(2)]
+        assert (new["x-kvcache-matched"], new["x-kvcache-reason"]) == ("0", "no_prefix")
+        assert int(known["x-kvcache-matched"]) >= 192
+        assert known["x-kvcache-reason"] == "prefix"
+        assert known[HEADER] == new[HEADER]
+
+    def _ask(self, stack: local_stack.Running, body: dict[str, Any]) -> httpx.Headers:
+        answer = httpx.post(f"{stack.url}/v1/completions", json=body, timeout=60).raise_for_status()
+        time.sleep(0.5)
+        return answer.headers
 
 
 class TestDropIn:

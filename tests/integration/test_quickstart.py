@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import re
+import threading
 import time
 from collections.abc import Iterator
 from dataclasses import replace
@@ -81,7 +83,7 @@ def ask(client: openai.OpenAI, messages: list[Any], **more: Any) -> tuple[str, A
 
 
 def score(http: httpx.Client, body: dict[str, Any]) -> dict[str, Any]:
-    answer = http.put("/kvcache/v1/score", json=body)  # a POST would count as a request: deployments/scorer.py
+    answer = http.post("/kvcache/v1/score", json=body)
     assert answer.status_code == 200, answer.text
     found: dict[str, Any] = answer.json()
     return found
@@ -406,6 +408,37 @@ def test_without_redis_requests_are_served_and_the_index_heals(
     eventually(lambda: score(http, {"model": MODEL, "messages": while_away})["scores"].get(other, 0) > 100)
 
 
+def test_routers_may_be_killed_and_frozen_and_no_request_fails(
+    stack: local_stack.Running, http: httpx.Client, openai_client: openai.OpenAI
+) -> None:
+    """One of the two, then both: HAProxy asks the other, then balances plainly until Serve has started new ones."""
+
+    def routers() -> list[psutil.Process]:
+        processes = psutil.Process(stack.pid).children(recursive=True)
+        return [one for one in processes if _title(one).startswith("ray::ServeReplica:llm:IngressRouter")]
+
+    messages = [{"role": "user", "content": story("Lee")}]
+    home, _ = ask(openai_client, messages)
+    time.sleep(0.5)
+    with _Load(stack.url) as load:
+        first, second = routers()
+        time.sleep(1)
+        first.kill()
+        time.sleep(2)
+        assert load.failed == []
+        second.suspend()
+        time.sleep(2)
+        second.resume()
+        for router in routers():
+            router.kill()
+        time.sleep(3)
+    assert load.failed == []
+    assert len(load.took_s) > 40
+    assert max(load.took_s) < 5
+    eventually(lambda: len(routers()) == 2, 120)
+    eventually(lambda: [ask(openai_client, messages)[0] for _ in range(4)] == [home] * 4, 60)
+
+
 def test_a_killed_replica_is_gone_from_the_index_and_requests_go_on(
     stack: local_stack.Running, http: httpx.Client, openai_client: openai.OpenAI
 ) -> None:
@@ -422,6 +455,48 @@ def test_a_killed_replica_is_gone_from_the_index_and_requests_go_on(
 
 def _answers(http: httpx.Client, body: dict[str, Any]) -> bool:
     return http.post("/v1/chat/completions", json={**body, "max_tokens": 2}).status_code == 200
+
+
+class _Load:
+    """Short requests, about ten a second, on a connection of their own."""
+
+    def __init__(self, url: str) -> None:
+        self.failed: list[str] = []
+        self.took_s: list[float] = []
+        self._url = url
+        self._stop = threading.Event()
+        self._thread = threading.Thread(target=self._run)
+
+    def __enter__(self) -> _Load:
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._stop.set()
+        self._thread.join()
+
+    def _run(self) -> None:
+        with httpx.Client(base_url=self._url, timeout=30) as client:
+            for number in itertools.count():
+                if self._stop.wait(0.05):
+                    return
+                body = {"model": MODEL, "prompt": f"{number} is a number", "max_tokens": 1}
+                started_s = time.monotonic()
+                try:
+                    answer = client.post("/v1/completions", json=body)
+                    if answer.status_code != 200:
+                        self.failed.append(f"{answer.status_code} {answer.text[:200]}")
+                except httpx.HTTPError as error:
+                    self.failed.append(repr(error))
+                self.took_s.append(time.monotonic() - started_s)
+
+
+def _title(process: psutil.Process) -> str:
+    """What Ray calls it; it may end meanwhile."""
+    try:
+        return " ".join(process.cmdline())
+    except psutil.Error:
+        return ""
 
 
 def _replica_process(stack: local_stack.Running, replica: str) -> psutil.Process:
