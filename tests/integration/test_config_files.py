@@ -5,18 +5,22 @@ from __future__ import annotations
 import importlib
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 import ray
 import yaml
 from pydantic import ValidationError
+from ray.llm._internal.serve.core.ingress import builder as ray_builder
 from ray.serve import Application
+from ray.serve._private import build_app as ray_build_app
 from ray.serve._private.build_app import build_app
+from ray.serve.llm import LLMConfig
 from ray.serve.schema import ServeDeploySchema
 
-from serve_app.app import build_kvcache, build_llm
-from serve_app.config import GraphArgs, LLMArgs
+import serve_app.app
+from serve_app.app import build_kvcache, build_llm, build_openai_app
+from serve_app.config import GraphArgs, LLMArgs, OpenAIArgs
 from serve_app.errors import ConfigError
 from serve_app.model import fast_dtype
 
@@ -76,6 +80,60 @@ def test_a_misspelt_setting_is_named() -> None:
         build_llm(LLMArgs(llm=llm, lmcache={"chunk_size": 100}))
     with pytest.raises(ConfigError, match="chunksize"):
         build_llm(LLMArgs(llm=llm, lmcache={"chunksize": 64}))
+
+
+class TestOneLine:
+    """`import_path: serve_app.app:build_openai_app`, with the arguments that Ray's own builder takes."""
+
+    ARGS: ClassVar[dict[str, Any]] = {"llm_configs": [{"model_loading_config": {"model_id": "m"}}]}
+
+    @pytest.fixture
+    @staticmethod
+    def direct(monkeypatch: pytest.MonkeyPatch) -> None:
+        """As with configs/direct.env, which is read when Ray is imported."""
+        monkeypatch.setattr(serve_app.app, "RAY_SERVE_LLM_ENABLE_DIRECT_STREAMING", True)
+        monkeypatch.setattr(ray_builder, "RAY_SERVE_LLM_ENABLE_DIRECT_STREAMING", True)
+        monkeypatch.setattr(ray_build_app, "RAY_SERVE_ENABLE_HA_PROXY", True)
+
+    def built(self, **more: Any) -> tuple[set[str], str]:
+        """Names of the deployments, and of the ingress request router."""
+        app = build_app(build_openai_app(OpenAIArgs(**self.ARGS, **more)), name="llm")
+        router = app.ingress_request_router_deployment
+        return {each.name.partition(":")[0] for each in app.deployments}, "" if router is None else router.name
+
+    def test_behind_the_ordinary_ingress(self) -> None:
+        assert self.built() == ({"VLLMReplica", "KVCacheIngress", "EmbeddedRedis"}, "")
+
+    @pytest.mark.usefixtures("direct")
+    def test_with_direct_streaming(self) -> None:
+        assert self.built() == ({"VLLMReplica", "EmbeddedRedis"}, "IngressRouter")
+        assert self.built(kvcache={"redis_url": "redis://127.0.0.1:1"}) == ({"VLLMReplica"}, "IngressRouter")
+
+    @pytest.mark.usefixtures("direct")
+    def test_with_another_ray(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(ray, "__version__", "2.61.0")
+        assert self.built() == ({"VLLMReplica", "EmbeddedRedis"}, "LLMRouter")
+
+    def test_several_models_and_configs_of_every_kind(self, tmp_path: Path) -> None:
+        file = tmp_path / "llm.yaml"
+        file.write_text(yaml.safe_dump({"model_loading_config": {"model_id": "two"}}))
+        given = [*self.ARGS["llm_configs"], str(file), LLMConfig(model_loading_config={"model_id": "three"})]
+        app = build_app(build_openai_app(OpenAIArgs(llm_configs=given)), name="llm")
+        routers = [each.init_kwargs["llm_config"] for each in app.deployments if each.name.startswith("VLLMReplica")]
+        models = [llm.deployment_config["request_router_config"]["request_router_kwargs"]["model"] for llm in routers]
+        assert models == ["m", "two", "three"]
+
+    def test_who_has_a_router_keeps_it(self) -> None:
+        own = {"request_router_class": "ray.serve.llm.request_router:PrefixCacheAffinityRouter"}
+        llm = {"model_loading_config": {"model_id": "m"}, "deployment_config": {"request_router_config": own}}
+        app = build_app(build_openai_app(OpenAIArgs(llm_configs=[llm])), name="llm")
+        assert {each.name.partition(":")[0] for each in app.deployments} == {"LLMServer", "KVCacheIngress"}
+
+    def test_a_misspelt_setting_is_named(self) -> None:
+        with pytest.raises(ConfigError, match="polizy"):
+            self.built(kvcache={"polizy": "x"})
+        with pytest.raises(ValidationError, match="kv_cache"):
+            self.built(kv_cache={})
 
 
 @pytest.mark.parametrize(("redis_url", "embedded"), [("embedded", True), ("redis://127.0.0.1:1", False)])
