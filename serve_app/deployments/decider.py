@@ -209,7 +209,7 @@ class Decider:
         now_s = time.monotonic()
         session = short_id(asked.session) if asked is not None else ""
         choice = self.chooser.choose(pods, found, now_s, why=why, session=session)
-        choice = choice.with_last(self._full(room, now_s))
+        choice = choice.with_last(self._full(room, choice.loads or self.chooser.in_flight.counts(pods, now_s)))
         if choice.ranked:
             self._book(choice, found, asked, now_s, time.perf_counter() - start_s)
         return choice, found
@@ -271,13 +271,12 @@ class Decider:
             if (oldest := self._desk.receipts.open(new, expected, again=before is not None)) is not None:
                 self._log.receipt(msgspec.json.encode(oldest))
 
-    def _full(self, room: Mapping[PodId, int], now_s: float) -> set[PodId]:
+    def _full(self, room: Mapping[PodId, int], loads: Mapping[PodId, int]) -> set[PodId]:
         """What is behind replicas that have as many requests as they may have."""
         full: set[PodId] = set()
-        counts = self.chooser.in_flight.counts(self._pods(room), now_s)
         for replica, most in room.items():
             pods = self.ranks.pods(replica)
-            if sum(counts[pod] for pod in pods) >= most:
+            if sum(loads[pod] for pod in pods) >= most:
                 full.update(pods)
         return full
 

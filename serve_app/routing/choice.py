@@ -58,6 +58,7 @@ class Choice:
     reason: str
     costs: Mapping[PodId, Cost] = field(default_factory=dict)  # empty: the order does not rest on costs
     held_tokens: Mapping[PodId, int] = field(default_factory=dict)  # of the prompts, speculative blocks included
+    loads: Mapping[PodId, int] = field(default_factory=dict)  # requests in flight; empty: the policy does not ask
 
     def with_last(self, pods: Collection[PodId]) -> Choice:
         """The same, but these pods come after all others."""

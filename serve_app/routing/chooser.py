@@ -83,11 +83,13 @@ class Chooser:
             return Choice(sorted(pods, key=turn.__getitem__), Outcome.BASELINE, self.policy.value)
         loads = self.in_flight.counts(pods, now_s)
         if self.policy is Policy.LEAST_LOADED:
-            return Choice(by_load(pods, loads, turn), Outcome.BASELINE, self.policy.value)
+            return Choice(by_load(pods, loads, turn), Outcome.BASELINE, self.policy.value, loads=loads)
         if self.policy is Policy.SESSION:
-            return Choice(self._by_session(session, pods, loads, turn), Outcome.BASELINE, self.policy.value)
+            return Choice(
+                self._by_session(session, pods, loads, turn), Outcome.BASELINE, self.policy.value, loads=loads
+            )
         if found is None:
-            return Choice(self._by_session(session, pods, loads, turn), Outcome.FALLBACK, why)
+            return Choice(self._by_session(session, pods, loads, turn), Outcome.FALLBACK, why, loads=loads)
         if self.strategy is Strategy.EXPECTED_TTFT:
             return self._by_cost(pods, found, loads, turn, now_s, why)
         return self._by_score(pods, found, loads, turn, why)
@@ -108,8 +110,8 @@ class Chooser:
         scores = {**dict.fromkeys(pods, 0.0), **score_all(found, self.strategy)}
         ranked = sorted(pods, key=lambda pod: (-scores[pod], loads[pod], turn[pod]))
         if ranked and scores[ranked[0]] > 0:
-            return Choice(ranked, Outcome.HIT, why or "prefix")
-        return Choice(ranked, Outcome.MISS, why or "no_prefix")
+            return Choice(ranked, Outcome.HIT, why or "prefix", loads=loads)
+        return Choice(ranked, Outcome.MISS, why or "no_prefix", loads=loads)
 
     def _by_cost(
         self,
@@ -137,7 +139,7 @@ class Chooser:
             own = held[ranked[0]]
             outcome = Outcome.HIT if own >= found.block_size else Outcome.MISS
             reason = "prefix" if own > most - found.block_size else "balance"  # another one holds more, but is busy
-        return Choice(ranked, outcome, why or reason, {pod: terms for pod, (terms, _) in costs.items()}, held)
+        return Choice(ranked, outcome, why or reason, {pod: terms for pod, (terms, _) in costs.items()}, held, loads)
 
     def _home(self, found: Found, held_tokens: int) -> PodId | None:
         """Who got the conversation's last request."""
@@ -156,27 +158,31 @@ class Chooser:
         totals: dict[PodId, tuple[Cost, int]] = {}
         turnover = self.turnover.shares(pods, now_s)
         uneven = imbalance(loads)
-        queued = self._queued_tokens(pods, now_s)
+        reports = self.in_flight.reports(pods, now_s)
+        queued = self._queued_tokens(pods, reports)
         suspects = self._suspects(pods, now_s)
+        s_per_token, weights = self.rates.s_per_token, self.weights
         for i, (prompt, matches) in enumerate(zip(found.prompts, found.matches, strict=True)):
-            blocks = {pod: match.total_tokens // size for pod in pods if (match := matches.get(pod)) is not None}
+            # Most pods of a large fleet hold nothing of a prompt: what is the same for them is done once.
+            held = {pod: match for pod, match in matches.items() if match.tokens and pod in loads}
+            blocks = {pod: match.total_tokens // size for pod, match in held.items()}
             soon = self.ledger.speculative_blocks(prompt.keys, blocks, now_s)
-            compute = {
-                pod: tokens_to_compute(prompt.token_count, matches.get(pod, _NOTHING), soon.get(pod, 0) * size)
-                for pod in pods
-            }
-            evicted = self._evicted_tokens(min(compute.values(), default=0), pods, size, now_s)
+            compute = dict.fromkeys(pods, tokens_to_compute(prompt.token_count, _NOTHING, 0))
+            for pod in held.keys() | (soon.keys() & loads.keys()):
+                soon_tokens = soon.get(pod, 0) * size
+                compute[pod] = tokens_to_compute(prompt.token_count, held.get(pod, _NOTHING), soon_tokens)
+            evicted = self._evicted_tokens(min(compute.values(), default=0), pods, size, reports)
             for pod in pods:
                 terms = cost(
                     compute[pod],
-                    matches.get(pod, _NOTHING),
+                    held.get(pod, _NOTHING),
                     0 if i else queued[pod],  # what is there already counts once
                     0 if i else loads[pod],
                     0.0 if i else uneven[pod],
-                    self.rates.s_per_token(pod),
+                    s_per_token(pod),
                     turnover[pod],
                     evicted.get(pod, 0),
-                    self.weights,
+                    weights,
                 )
                 if pod in suspects and not i:
                     terms = terms._replace(suspect_s=suspects[pod])
@@ -184,29 +190,30 @@ class Chooser:
                 totals[pod] = one if not i else _sum(totals[pod], one)
         return totals
 
-    def _queued_tokens(self, pods: Sequence[PodId], now_s: float) -> dict[PodId, float]:
+    def _queued_tokens(self, pods: Sequence[PodId], reports: Mapping[PodId, PodLoad]) -> dict[PodId, float]:
         """Prefill that each has not done yet. Of one that reports nothing it may be done: no more than is usual."""
-        queued: dict[PodId, float] = {pod: self.ledger.queued_tokens(pod) for pod in pods}
-        known = [queued[pod] for pod in pods if self.in_flight.report(pod, now_s) is not None]
-        if known and len(known) < len(pods):
-            usual = statistics.median(known)
+        queued = self.ledger.queued(pods)
+        if reports and len(reports) < len(pods):
+            usual = statistics.median([queued[pod] for pod in reports])
             for pod in pods:
-                if queued[pod] > usual and self.in_flight.report(pod, now_s) is None:
+                if queued[pod] > usual and pod not in reports:
                     queued[pod] = usual
         return queued
 
     def _suspects(self, pods: Sequence[PodId], now_s: float) -> dict[PodId, float]:
-        return suspicion(
-            {pod: max(self.ledger.overdue_s(pod, now_s), self.in_flight.overdue_s(pod, now_s)) for pod in pods}
-        )
+        of_tokens, of_reports = self.ledger.overdue_s(now_s), self.in_flight.overdue_s(now_s)
+        if not of_tokens and not of_reports:
+            return {}
+        late = {pod: max(of_tokens.get(pod, 0.0), of_reports.get(pod, 0.0)) for pod in pods}
+        return suspicion({pod: late_s for pod, late_s in late.items() if late_s}, len(pods))
 
     def _evicted_tokens(
-        self, new_tokens: int, pods: Sequence[PodId], block_size: int, now_s: float
+        self, new_tokens: int, pods: Sequence[PodId], block_size: int, reports: Mapping[PodId, PodLoad]
     ) -> Mapping[PodId, int]:
         """Of tokens that no pod holds: for how many each must push out others, beyond the pod with most room."""
         evicted = {}
         for pod in pods if self._with_room else ():
-            report = self.in_flight.report(pod, now_s)
+            report = reports.get(pod)
             unused_blocks = report.unused_blocks if report is not None else 0
             room = unused_blocks * block_size - self.ledger.queued_tokens(pod)
             evicted[pod] = max(new_tokens - max(room, 0), 0)

@@ -65,40 +65,35 @@ class InFlight:
         self._reports[pod] = report
         return True
 
-    def report(self, pod: PodId, now_s: float) -> PodLoad | None:
-        """What the pod said last, if that was lately."""
-        report = self._reports.get(pod)
-        return report if report is not None and now_s - report.received_at_s < REPORT_VALID_S else None
+    def reports(self, pods: Iterable[PodId], now_s: float) -> dict[PodId, PodLoad]:
+        """What each of them said last, if that was lately."""
+        known, since_s = self._reports, now_s - REPORT_VALID_S
+        return {
+            pod: report for pod in pods if (report := known.get(pod)) is not None and report.received_at_s > since_s
+        }
 
-    def tells(self, pod: PodId, now_s: float) -> bool:
-        """Whether the pod says what becomes of each request, and did so lately."""
-        return pod in self._tells and self.report(pod, now_s) is not None
-
-    def overdue_s(self, pod: PodId, now_s: float) -> float:
-        """How long the report is overdue of a pod that has said what becomes of each request."""
-        report = self._reports.get(pod)
-        if report is None or pod not in self._tells:
-            return 0.0
-        return max(now_s - report.received_at_s - REPORT_LATE_S, 0.0)
+    def overdue_s(self, now_s: float) -> dict[PodId, float]:
+        """How long the report is overdue, of pods that have said what becomes of each request."""
+        due_s = now_s - REPORT_LATE_S
+        return {
+            pod: due_s - report.received_at_s
+            for pod, report in self._reports.items()
+            if report.received_at_s < due_s and pod in self._tells
+        }
 
     def counts(self, pods: Sequence[PodId], now_s: float) -> dict[PodId, int]:
         """Best estimate for each of them."""
-        counts: dict[PodId, int] = {}
-        silent: list[PodId] = []
-        reported, sent_to_these = 0, 0
+        reports, counts = self.reports(pods, now_s), dict[PodId, int]()
         for pod in pods:
-            sent = self._lately(pod, now_s)
-            report = self.report(pod, now_s)
-            if report is None:
-                silent.append(pod)
-                counts[pod] = len(sent)
-                continue
-            counts[pod] = report.in_flight + self._on_top(pod, report, sent, now_s)
-            reported += counts[pod]
-            sent_to_these += len(sent)
-        if silent and sent_to_these:
-            for pod in silent:
-                counts[pod] = round(reported * counts[pod] / sent_to_these)
+            report = reports.get(pod)
+            counts[pod] = 0 if report is None else report.in_flight + self._on_top(pod, report, now_s)
+        if len(reports) < len(pods):
+            of_these = sum(counts.values())
+            sent_to_these = sum(len(self._lately(pod, now_s)) for pod in reports)
+            for pod in pods:
+                if pod not in reports:
+                    sent = len(self._lately(pod, now_s))
+                    counts[pod] = round(of_these * sent / sent_to_these) if sent_to_these else sent
         return counts
 
     def count(self, pod: PodId, now_s: float) -> int:
@@ -121,16 +116,16 @@ class InFlight:
             sent.popleft()
         return sent
 
-    def _on_top(self, pod: PodId, report: PodLoad, sent: deque[float], now_s: float) -> int:
+    def _on_top(self, pod: PodId, report: PodLoad, now_s: float) -> int:
         """Of what was sent there: what the report cannot know of."""
         if pod in self._tells:
-            on_the_way = self._on_the_way.get(pod, {})
+            on_the_way = self._on_the_way.get(pod)
             while on_the_way and (oldest := next(iter(on_the_way.items())))[1] <= now_s - ACCEPT_S:
                 del on_the_way[oldest[0]]
-            return len(on_the_way)
+            return len(on_the_way) if on_the_way else 0
         known_until_s = report.received_at_s - REPORT_DELAY_S
         count = 0
-        for at_s in reversed(sent):
+        for at_s in reversed(self._sent.get(pod, ())):
             if at_s <= known_until_s:
                 break
             count += 1

@@ -60,6 +60,8 @@ class Ledger:
         self._early = Early()
         self._queued: dict[PodId, int] = {}
         self._bits: dict[PodId, int] = {}
+        self._pods: dict[int, PodId] = {}  # by bit
+        self._all_bits = 0
         self._tables = (BlockTable(), BlockTable())  # new ones, and those of the time before
         self._turn_at_s = 0.0
 
@@ -133,13 +135,16 @@ class Ledger:
         if old:
             self._close(set(old))
 
-    def overdue_s(self, pod: PodId, now_s: float) -> float:
-        """How much later than five times the expected time, and two seconds, the oldest first token there is."""
-        entries = self._entries.get(pod)
-        if not entries or not self._is_told(entries[0]):
-            return 0.0
-        oldest = entries[0]
-        return max(now_s - oldest.sent_at_s - LATE_TIMES * (oldest.due_s - oldest.sent_at_s) - LATE_S, 0.0)
+    def overdue_s(self, now_s: float) -> dict[PodId, float]:
+        """How much later than five times the expected time, and two seconds, the oldest first token is, where it is."""
+        overdue = {}
+        for pod, entries in self._entries.items():
+            if entries and now_s - entries[0].sent_at_s > LATE_S and self._is_told(entries[0]):
+                oldest = entries[0]
+                late_s = now_s - oldest.sent_at_s - LATE_TIMES * (oldest.due_s - oldest.sent_at_s) - LATE_S
+                if late_s > 0:
+                    overdue[pod] = late_s
+        return overdue
 
     def reported(self, pod: PodId, load: PodLoad) -> None:
         """No more entries can be open than the pod has requests: the oldest beyond are done, or never came.
@@ -157,19 +162,30 @@ class Ledger:
     def queued_tokens(self, pod: PodId) -> int:
         return self._queued.get(pod, 0)
 
+    def queued(self, pods: Iterable[PodId]) -> dict[PodId, float]:
+        """The same of several."""
+        known = self._queued
+        return {pod: known.get(pod, 0) for pod in pods}
+
     def speculative_blocks(self, keys: BlockKeys, matched: Mapping[PodId, int], now_s: float) -> dict[PodId, int]:
-        """How many blocks from the prompt's beginning each pod will hold; `matched` is what it holds now.
+        """How many blocks from the prompt's beginning each pod will hold.
 
         Pods that gain nothing are left out.
+
+        Args:
+            matched: how many a pod holds now; none, where it is not in here.
         """
         self._turn(now_s)
+        pods = self._pods
         starts: dict[int, int] = {}
-        pods: dict[int, PodId] = {}
+        others = self._all_bits
         for pod, blocks in matched.items():
             bit = self._bits.get(pod)
-            if bit is not None:
+            if bit is not None and blocks:
                 starts[blocks] = starts.get(blocks, 0) | 1 << bit
-                pods[bit] = pod
+                others &= ~(1 << bit)
+        if others:
+            starts[0] = others
         starts.pop(len(keys) // KEY_BYTES, None)
         found: dict[PodId, int] = {}
         if not starts:
@@ -194,6 +210,8 @@ class Ledger:
             self._tells.discard(pod)
             bit = self._bits.pop(pod, None)
             if bit is not None:
+                del self._pods[bit]
+                self._all_bits &= ~(1 << bit)
                 for table in self._tables:
                     table.erase(bit)
 
@@ -230,6 +248,8 @@ class Ledger:
         if bit is None:
             used = set(self._bits.values())
             bit = self._bits[pod] = next(i for i in range(len(used) + 1) if i not in used)
+            self._pods[bit] = pod
+            self._all_bits |= 1 << bit
         return bit
 
 

@@ -9,8 +9,10 @@ token must be computed to have something to sample from.
 
 from __future__ import annotations
 
+import heapq
 from collections import OrderedDict
 from collections.abc import Mapping
+from operator import itemgetter
 from typing import NamedTuple
 
 import msgspec
@@ -21,9 +23,13 @@ from serve_app.routing.choice import Choice
 from serve_app.types import BlockKeys, Found, PodId, Served
 
 OPEN_MAX = 4096
+SHOWN_MAX = 16  # replicas in a receipt, and half as many more
 
 
-class Terms(msgspec.Struct, frozen=True, omit_defaults=True):
+# `gc=False`: none of these can be in a cycle, and a collection that looks at thousands of receipts holds the router.
+
+
+class Terms(msgspec.Struct, frozen=True, omit_defaults=True, gc=False):
     """One replica, as the decision saw it."""
 
     matched_tokens: dict[str, int]  # contiguous prefix by tier, fastest first
@@ -32,7 +38,7 @@ class Terms(msgspec.Struct, frozen=True, omit_defaults=True):
     cost_s: dict[str, float] = {}  # terms of routing.choice.Cost; empty: the decision did not rest on costs
 
 
-class Actual(msgspec.Struct, frozen=True):
+class Actual(msgspec.Struct, frozen=True, gc=False):
     """What the engine says of the request. Seconds."""
 
     prompt_tokens: int
@@ -41,7 +47,7 @@ class Actual(msgspec.Struct, frozen=True):
     prefill_s: float
 
 
-class Receipt(msgspec.Struct, frozen=True, omit_defaults=True):
+class Receipt(msgspec.Struct, frozen=True, omit_defaults=True, gc=False):
     """JSON as `GET /kvcache/v1/receipts` gives it."""
 
     request_id: str
@@ -55,7 +61,8 @@ class Receipt(msgspec.Struct, frozen=True, omit_defaults=True):
     predicted_cached_tokens: int = 0
     incomplete: str = ""  # why some of the prompt is not known (late, media): the prediction is of a part then
     one_sequence: bool = True  # if not, the engine's figures are of one of several prompts or answers
-    replicas: dict[str, Terms] = {}
+    replicas: dict[str, Terms] = {}  # the best `SHOWN_MAX`, and those that held most of it
+    others: int = 0  # replicas that are not among these
     refused_by: str = ""  # the first choice, if it did not take the request
     actual: Actual | None = None  # None: not known yet, or never told
 
@@ -67,6 +74,7 @@ def receipt(
     head = (request_id, at_s, router, str(choice.outcome), choice.reason, str(pod), round(decision_s, 6))
     if found is None:
         return Receipt(*head)
+    shown = _shown(choice)
     return Receipt(
         *head,
         prompt_tokens=found.prompt_tokens,
@@ -82,9 +90,19 @@ def receipt(
                 if (cost := choice.costs.get(candidate)) is not None
                 else {},
             )
-            for candidate in choice.ranked
+            for candidate in shown
         },
+        others=len(choice.ranked) - len(shown),
     )
+
+
+def _shown(choice: Choice) -> list[PodId]:
+    """Whom a receipt tells of: in a large fleet most replicas are like each other."""
+    if len(choice.ranked) <= SHOWN_MAX:
+        return choice.ranked
+    best = choice.ranked[:SHOWN_MAX]
+    held = heapq.nlargest(SHOWN_MAX // 2, choice.held_tokens.items(), key=itemgetter(1))
+    return [*best, *(pod for pod, tokens in held if tokens and pod not in best)]
 
 
 def predicted_tokens(found: Found, pod: PodId, choice: Choice) -> int:

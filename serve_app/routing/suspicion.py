@@ -16,10 +16,14 @@ from collections.abc import Mapping
 from serve_app.types import PodId
 
 
-def suspicion(overdue_s: Mapping[PodId, float]) -> dict[PodId, float]:
-    """Cost of each pod, in seconds; the pods that are not suspected are left out."""
-    if not any(overdue_s.values()):
+def suspicion(overdue_s: Mapping[PodId, float], pods: int) -> dict[PodId, float]:
+    """Cost of each pod, in seconds; the pods that are not suspected are left out.
+
+    Args:
+        overdue_s: of those of the `pods` with which anything is.
+    """
+    if not overdue_s:
         return {}
-    usual_s = statistics.median_low(overdue_s.values())
+    usual_s = statistics.median_low([*overdue_s.values(), *[0.0] * (pods - len(overdue_s))])
     beyond = {pod: late_s - usual_s for pod, late_s in overdue_s.items() if late_s > usual_s}
     return {pod: late_s * (1 + late_s) for pod, late_s in beyond.items()}

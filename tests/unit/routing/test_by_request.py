@@ -96,10 +96,10 @@ def test_a_request_counts_once_whenever_it_is_reported() -> None:
 
 def test_suspicion_is_of_who_is_later_than_the_fleet() -> None:
     """The examples of the module's docstring."""
-    assert suspicion({A: 0.0, B: 0.0, C: 0.0}) == {}
-    assert suspicion({A: 0.0, B: 0.0, C: 6.0}) == {C: 42.0}
-    assert suspicion({A: 3.0, B: 3.0, C: 5.0}) == {C: 6.0}
-    assert suspicion({A: 0.0, B: 5.0}) == {B: 30.0}
+    assert suspicion({}, 3) == {}
+    assert suspicion({C: 6.0}, 3) == {C: 42.0}
+    assert suspicion({A: 3.0, B: 3.0, C: 5.0}, 3) == {C: 6.0}
+    assert suspicion({B: 5.0}, 2) == {B: 30.0}
 
 
 class Fleet:

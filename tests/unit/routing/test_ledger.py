@@ -143,11 +143,11 @@ def test_many_pods_come_and_go() -> None:
     keys = text("x", 5)
     for i in range(200):
         pod = PodId(f"pod {i}")
-        assert ledger.speculative_blocks(keys, {pod: 0}, START_S) == {}
+        assert pod not in ledger.speculative_blocks(keys, {pod: 0}, START_S)
         ledger.sent(pod, text("y", 5), 1, START_S)
-        assert ledger.speculative_blocks(keys, {pod: 0}, START_S) == {}
+        assert pod not in ledger.speculative_blocks(keys, {pod: 0}, START_S)
         ledger.sent(pod, keys, 1, START_S)
-        assert ledger.speculative_blocks(keys, {pod: 0}, START_S) == {pod: 5}
+        assert ledger.speculative_blocks(keys, {pod: 0}, START_S)[pod] == 5
         ledger.keep_only([pod] if i % 2 else [])
     everybody = Ledger()
     for i in range(150):
