@@ -105,6 +105,10 @@ bench-read-path: bench-setup ## from body bytes to scored replicas, stage by sta
 bench-hybrid: setup ## the index match for engines with several KV cache groups, beside plain ones
 	@$(BIN)/python benchmarks/bench_hybrid.py $(ARGS)
 
+.PHONY: bench-router
+bench-router: setup ## what a decision costs with 8, 64 and 256 replicas, and how long the collector holds it
+	@$(BIN)/python benchmarks/bench_router.py $(ARGS)
+
 .PHONY: bench-write-path
 bench-write-path: setup ## from KV events to Redis and to a mirror: rates, delay, memory
 	@$(BIN)/python benchmarks/bench_write_path.py $(ARGS)

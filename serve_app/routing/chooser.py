@@ -171,7 +171,7 @@ class Chooser:
             for pod in held.keys() | (soon.keys() & loads.keys()):
                 soon_tokens = soon.get(pod, 0) * size
                 compute[pod] = tokens_to_compute(prompt.token_count, held.get(pod, _NOTHING), soon_tokens)
-            evicted = self._evicted_tokens(min(compute.values(), default=0), pods, size, reports)
+            evicted = self._evicted_tokens(min(compute.values(), default=0), size, queued, reports)
             for pod in pods:
                 terms = cost(
                     compute[pod],
@@ -208,17 +208,18 @@ class Chooser:
         return suspicion({pod: late_s for pod, late_s in late.items() if late_s}, len(pods))
 
     def _evicted_tokens(
-        self, new_tokens: int, pods: Sequence[PodId], block_size: int, reports: Mapping[PodId, PodLoad]
-    ) -> Mapping[PodId, int]:
+        self, new_tokens: int, block_size: int, queued: Mapping[PodId, float], reports: Mapping[PodId, PodLoad]
+    ) -> Mapping[PodId, float]:
         """Of tokens that no pod holds: for how many each must push out others, beyond the pod with most room."""
-        evicted = {}
-        for pod in pods if self._with_room else ():
-            report = reports.get(pod)
-            unused_blocks = report.unused_blocks if report is not None else 0
-            room = unused_blocks * block_size - self.ledger.queued_tokens(pod)
-            evicted[pod] = max(new_tokens - max(room, 0), 0)
-        least = min(evicted.values(), default=0)
-        return {pod: tokens - least for pod, tokens in evicted.items() if tokens > least}
+        if not self._with_room:
+            return {}
+        room = dict.fromkeys(queued, 0.0)
+        for pod, report in reports.items():
+            left = report.unused_blocks * block_size - queued[pod]
+            if left > 0:
+                room[pod] = left if left < new_tokens else new_tokens
+        most = max(room.values(), default=0)
+        return {pod: most - left for pod, left in room.items() if left < most}
 
     # -- what became of it ----------------------------------------------------------------------------------------
 
