@@ -120,6 +120,16 @@ def _killed(part: str) -> Callable[[Target], float]:
     return happen
 
 
+def _all_killed(part: str) -> Callable[[Target], float]:
+    def happen(target: Target) -> float:
+        began_s = time.monotonic()
+        for process in target.all(part):
+            process.send_signal(signal.SIGKILL)
+        return began_s
+
+    return happen
+
+
 def _stopped(part: str) -> Callable[[Target], float]:
     def happen(target: Target) -> float:
         process = target.first(part)
@@ -143,6 +153,9 @@ FAULTS = [
     Fault("Redis at its maxmemory for 10 s", _redis_full),
     Fault("Redis' disk is full for 10 s", _redis_disk_full),
     Fault("Redis' password is another for 10 s", _redis_password),
+    Fault("one of two routers is killed", _killed("IngressRouter"), heals_s=60),
+    Fault("one of two routers stands still for 10 s", _stopped("IngressRouter"), heals_s=60),
+    Fault("both routers are killed", _all_killed("IngressRouter"), heals_s=60),
     Fault("publisher is killed", _killed("publisher")),
     Fault("publisher stands still for 10 s", _stopped("publisher")),
     Fault("BlockIndex (a mirror) is killed", _killed("BlockIndex"), heals_s=60),

@@ -22,7 +22,11 @@ class Target:
     proxy: Proxy  # in front of it: all of the stack goes through
 
     def first(self, part: str) -> psutil.Process:
-        """The oldest process of a part: publisher, lmcache, or a deployment's name."""
+        """The oldest process of a part."""
+        return min(self.all(part), key=lambda process: process.create_time())
+
+    def all(self, part: str) -> list[psutil.Process]:
+        """Every process of a part: publisher, lmcache, or a deployment's name."""
         word = _WORDS.get(part, f":{part}")
         found = []
         for process in psutil.Process(self.running.pid).children(recursive=True):
@@ -31,4 +35,4 @@ class Target:
                 if any(word in argument for argument in command) and command[0] not in ("setpriv", "sh"):
                     found.append(process)
         assert found, f"no process of {part} in the stack"
-        return min(found, key=lambda process: process.create_time())
+        return found
