@@ -16,6 +16,7 @@ import pytest
 from serve_app import local_stack
 from serve_app.cli import load_config
 from serve_app.config import REPLICA_HEADER
+from serve_app.haproxy import TIMEOUT_VARIABLE
 from serve_app.ports import free_port
 
 READY_TIMEOUT_S = 60.0
@@ -35,6 +36,8 @@ def start_stack(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Start]:
             models.mkdir(parents=True, exist_ok=True)
             (home / "models").symlink_to(models)  # built models are shared, run state is not
             patch.setenv("KVCACHE_HOME", str(home))
+            # Engines, routers and the test share two cores: what is balanced plainly for a second's delay fails a test.
+            patch.setenv(TIMEOUT_VARIABLE, "3")
             running = local_stack.start(config, direct=direct, on_progress=print)
             stack.callback(local_stack.stop, running, on_progress=print)
             shared = any("lmcache" in app.get("args", {}) for app in config["applications"])
