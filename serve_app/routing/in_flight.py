@@ -36,8 +36,10 @@ class InFlight:
         self._reports: dict[PodId, PodLoad] = {}
 
     def sent(self, pod: PodId, now_s: float, tag: RequestTag = b"") -> None:
+        self._lately(pod, now_s)
         self._sent.setdefault(pod, deque()).append(now_s)
         if tag and not self._early.was_told(pod, tag):
+            self._not_lost(pod, now_s)
             self._on_the_way.setdefault(pod, {})[tag] = now_s
 
     def withdrawn(self, pod: PodId, tag: RequestTag = b"") -> None:
@@ -119,10 +121,7 @@ class InFlight:
     def _on_top(self, pod: PodId, report: PodLoad, now_s: float) -> int:
         """Of what was sent there: what the report cannot know of."""
         if pod in self._tells:
-            on_the_way = self._on_the_way.get(pod)
-            while on_the_way and (oldest := next(iter(on_the_way.items())))[1] <= now_s - ACCEPT_S:
-                del on_the_way[oldest[0]]
-            return len(on_the_way) if on_the_way else 0
+            return self._not_lost(pod, now_s)
         known_until_s = report.received_at_s - REPORT_DELAY_S
         count = 0
         for at_s in reversed(self._sent.get(pod, ())):
@@ -130,3 +129,10 @@ class InFlight:
                 break
             count += 1
         return count
+
+    def _not_lost(self, pod: PodId, now_s: float) -> int:
+        """How many are on the way there, and have not been for too long."""
+        on_the_way = self._on_the_way.get(pod)
+        while on_the_way and (oldest := next(iter(on_the_way.items())))[1] <= now_s - ACCEPT_S:
+            del on_the_way[oldest[0]]
+        return len(on_the_way) if on_the_way else 0

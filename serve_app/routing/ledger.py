@@ -149,9 +149,14 @@ class Ledger:
     def reported(self, pod: PodId, load: PodLoad) -> None:
         """No more entries can be open than the pod has requests: the oldest beyond are done, or never came.
 
-        A pod that tells of each needs no such guess.
+        Of a pod that tells of each, these are the ones that it has accepted: what it has told since may be lost.
         """
         if pod in self._tells:
+            accepted = [entry for entry in self._entries.get(pod, ()) if self._is_accepted(entry)]
+            lost = len({entry.tag for entry in accepted}) - load.in_flight
+            if lost > 0:
+                tags = list(dict.fromkeys(entry.tag for entry in accepted))[:lost]
+                self._close({entry for entry in accepted if entry.tag in tags})
             return
         known_until_s = load.received_at_s - REPORT_DELAY_S
         seen = [entry for entry in self._entries.get(pod, ()) if entry.sent_at_s <= known_until_s]

@@ -6,7 +6,9 @@ from collections import Counter
 
 import pytest
 
-from serve_app.routing.in_flight import ACCEPT_S, REPORT_VALID_S, InFlight
+from serve_app.routing.early import MAX as EARLY_MAX
+from serve_app.routing.early import Early
+from serve_app.routing.in_flight import ACCEPT_S, FORGET_S, REPORT_VALID_S, InFlight
 from serve_app.routing.ledger import LATE_S, Ledger
 from serve_app.routing.suspicion import suspicion
 from serve_app.types import PodId, PodLoad, Progress, request_tag
@@ -28,7 +30,7 @@ def test_a_request_stops_queueing_with_its_first_token_or_its_end(end: Progress)
     ledger.sent(A, b"", 7, START_S, tag=TWO)
     ledger.progress(A, Progress(accepted=ONE + TWO))
     ledger.settle(lambda pods, keys: [True] * len(pods), START_S + 1)  # BlockStored does not free load
-    ledger.reported(A, PodLoad(1, START_S + 1))
+    ledger.reported(A, PodLoad(2, START_S + 1))
     assert ledger.queued_tokens(A) == 48_007
     ledger.progress(B, end)
     assert ledger.queued_tokens(A) == 48_007
@@ -92,6 +94,35 @@ def test_a_request_counts_once_whenever_it_is_reported() -> None:
     in_flight.sent(A, START_S + 2, b"four----")
     in_flight.progress(A, Progress(ended=b"four----"))  # refused
     assert in_flight.count(A, START_S + 2) == 2
+
+
+def test_lost_reports_are_made_up_for() -> None:
+    """Redis was away when the pod told of the end: it has fewer requests now than are open here."""
+    ledger = Ledger()
+    for i, tag in enumerate((ONE, TWO, b"three---")):
+        ledger.sent(A, text(f"{i}", 2), 10**i, START_S + i, tag=tag)
+    ledger.progress(A, Progress(accepted=ONE + TWO))
+    ledger.reported(A, PodLoad(2, START_S + 5))
+    assert ledger.queued_tokens(A) == 111
+    ledger.reported(A, PodLoad(1, START_S + 6))
+    assert ledger.queued_tokens(A) == 110
+    ledger.reported(A, PodLoad(0, START_S + 7))
+    assert ledger.queued_tokens(A) == 100  # it may not have come there yet
+
+
+def test_what_is_known_of_requests_is_bounded() -> None:
+    """Of pods that tell of them, and of pods that do not."""
+    in_flight, early = InFlight(), Early()
+    in_flight.progress(A, Progress(accepted=TWO))
+    for i in range(20_000):
+        for pod in (A, B):
+            in_flight.sent(pod, START_S + i / 100, request_tag(f"{i}"))
+        early.told(A, request_tag(f"{i}"))
+    for known in (in_flight._sent, in_flight._on_the_way):
+        assert max(map(len, known.values())) <= 100 * max(FORGET_S, ACCEPT_S) + 1  # type: ignore[attr-defined]
+    assert not early.was_told(A, request_tag("0"))
+    assert early.was_told(A, request_tag("19999"))
+    assert len(early._told) < EARLY_MAX
 
 
 def test_suspicion_is_of_who_is_later_than_the_fleet() -> None:
