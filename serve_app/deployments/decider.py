@@ -168,7 +168,10 @@ class Decider:
         """These replicas are there; others are gone."""
         self.ranks.keep_only(replicas)
         self._ranks_as_of = -1  # those of a new replica may have joined before it was told of
-        self.chooser.keep_only(self._pods(replicas))
+        pods = self._pods(replicas)
+        self.chooser.keep_only(pods)
+        if self._metrics is not None:
+            self._metrics.named.keep_only(pods)
 
     # -- inside ---------------------------------------------------------------------------------------------------
 

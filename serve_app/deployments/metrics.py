@@ -19,6 +19,7 @@ from serve_app.types import Tier, Trust
 logger = logging.getLogger("ray.serve")
 
 FLUSH_S = 1.0
+NAMED_MAX = 64  # replicas that a metric names at a time
 _LATENCY_BOUNDARIES_S = [0.0001, 0.0002, 0.0005, 0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0]
 _TTFT_BOUNDARIES_S = [0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0, 20.0, 60.0]
 _TOKEN_BOUNDARIES = [0.5, 32, 128, 512, 2048, 8192, 32768]
@@ -42,6 +43,24 @@ class _Every:
                     wait_s = guard.failed(error)
 
         threading.Thread(target=loop, name="kvcache-metrics", daemon=True).start()
+
+
+class Named:
+    """Which replicas a metric names. Beyond `NAMED_MAX` at a time they are one, `other`: a series each is too many."""
+
+    def __init__(self) -> None:
+        self._names: set[str] = set()
+
+    def label(self, replica: str) -> str:
+        if replica not in self._names:
+            if len(self._names) >= NAMED_MAX:
+                return "other"
+            self._names.add(replica)
+        return replica
+
+    def keep_only(self, replicas: Iterable[str]) -> None:
+        """These are there; the places of others are free."""
+        self._names &= set(replicas)
 
 
 class RouterMetrics:
@@ -93,6 +112,7 @@ class RouterMetrics:
             "How late the router's event loop was at worst, in the last second.",
             tag_keys=("model",),
         ).set_default_tags(tags)
+        self.named = Named()
         self._loop: LoopWatch | None = None
         self._lock = threading.Lock()
         self._flusher = _Every(FLUSH_S, self.flush)
@@ -111,10 +131,11 @@ class RouterMetrics:
         actual = complete.actual
         if actual is None or not complete.prompt_tokens or complete.incomplete or not complete.one_sequence:
             return
+        replica = self.named.label(complete.chosen)
         with self._lock:
-            self._cached["predicted", complete.chosen] += complete.predicted_cached_tokens
-            self._cached["actual", complete.chosen] += actual.cached_tokens
-        tags = {"replica": complete.chosen}
+            self._cached["predicted", replica] += complete.predicted_cached_tokens
+            self._cached["actual", replica] += actual.cached_tokens
+        tags = {"replica": replica}
         self._error.observe(abs(complete.predicted_cached_tokens - actual.cached_tokens), tags)
         self._ttft.observe(actual.queued_s + actual.prefill_s, tags)
 
@@ -166,6 +187,7 @@ class IndexMetrics:
     def __init__(self, mirror: Mirror, model: str) -> None:
         tags = {"model": model}
         self._mirror = mirror
+        self._named = Named()
         self._sent: Tally[tuple[str, str]] = Tally()
         self._blocks = Gauge(
             "kvcache_index_blocks", "Distinct blocks in the mirror, by tier.", tag_keys=("model", "tier")
@@ -222,16 +244,20 @@ class IndexMetrics:
             self._up_to(self._entries, count, ("entries", kind), {"kind": kind})
         self._up_to(self._evicted, mirror.evicted_blocks, ("evicted", ""), {})
         domains = mirror.domains()
-        pods = [domain.pod for domain, _, _ in domains if domain.pod is not None]
-        self._trust.show({(pod, each): each == mirror.trust(pod) for pod in pods for each in Trust})
+        trust = {domain.pod: mirror.trust(domain.pod) for domain, _, _ in domains if domain.pod is not None}
+        # In a large fleet those that are well are too many to be named.
+        named = sorted(trust, key=lambda pod: (trust[pod] is Trust.EXACT, pod))[:NAMED_MAX]
+        self._trust.show({(pod, each): each == trust[pod] for pod in named for each in Trust})
         self._unindexed.show({(d.pod or d.id, tier): True for d, _, _ in domains for tier in d.unindexed})
+        self._named.keep_only(domain.pod or domain.id for domain, _, _ in domains)
         for domain, _, heartbeat in domains:
             if heartbeat is None:
                 continue
             name = domain.pod or domain.id  # a shared domain stands for itself
+            label = self._named.label(name)
             results = {"applied": heartbeat.events_applied, "lost": heartbeat.events_lost, **heartbeat.events_skipped}
             for result, count in results.items():
-                self._up_to(self._events, count, (name, result), {"pod": name, "result": result})
+                self._up_to(self._events, count, (name, result), {"pod": label, "result": result})
 
     def _up_to(self, counter: Counter, total: int, key: tuple[str, str], tags: dict[str, str]) -> None:
         """Raise a Ray counter to a total that is kept elsewhere. A total that fell has started again from 0."""
