@@ -51,6 +51,9 @@ class CostSettings(_Settings):
     displace: Annotated[
         NonNegativeFloat, Field(description="What a computed token costs beyond its own time: others wait, blocks go.")
     ] = _WEIGHTS.displace
+    adapter_load_s: Annotated[
+        NonNegativeFloat, Field(description="Seconds that a replica takes to load a LoRA adapter.")
+    ] = _WEIGHTS.adapter_load_s
 
     def weights(self) -> CostWeights:
         return CostWeights(
@@ -58,6 +61,7 @@ class CostSettings(_Settings):
             in_flight_tokens=self.in_flight_tokens,
             imbalance_tokens=self.imbalance_tokens,
             displace=self.displace,
+            adapter_load_s=self.adapter_load_s,
         )
 
 

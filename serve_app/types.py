@@ -163,6 +163,8 @@ class Domain:
     replica: str = ""  # with a rank: the replica that requests for this pod are sent to
     unindexed: Mapping[str, str] = field(default_factory=dict)  # tier that the engine uses -> why it is not indexed
     doubt: str = ""  # with `degraded`: why its publisher does not believe what it knows itself
+    adapters: tuple[str, ...] = ()  # LoRA adapters that it has, as clients name them
+    adapter_slots: int = 0  # that it may have at once, each loaded when it is asked for; 0: it loads none by itself
 
 
 @dataclass(frozen=True, slots=True)

@@ -87,7 +87,7 @@ class Decider:
         self.id = uuid.uuid4().hex[:12]
         self.chooser = Chooser(self._held, settings.policy, settings.strategy, settings.cost.weights())
         self.ranks = Ranks()
-        self._ranks_as_of = -1  # joins and loads that the mirror had seen
+        self._records_as_of = -1  # joins and loads that the mirror had seen
         self._failures = ErrorLog("kvcache: a request could not be scored; it goes to the least-loaded replica", logger)
         self._booked: LRUCache[str, _Booked] = LRUCache(_REMEMBERED_DECISIONS)  # by `Asked.key`
         self._started = False
@@ -167,7 +167,7 @@ class Decider:
     def keep_only(self, replicas: Sequence[PodId]) -> None:
         """These replicas are there; others are gone."""
         self.ranks.keep_only(replicas)
-        self._ranks_as_of = -1  # those of a new replica may have joined before it was told of
+        self._records_as_of = -1  # those of a new replica may have joined before it was told of
         pods = self._pods(replicas)
         self.chooser.keep_only(pods)
         if self._metrics is not None:
@@ -205,13 +205,14 @@ class Decider:
         if not self._started:
             self.start()
         start_s = time.perf_counter()
-        self._learn_ranks()
+        self._learn_records()
         pods = self._pods(room)
         found, why = await self._find(pods, asked)
         self._catch_up(pods)
         now_s = time.monotonic()
         session = short_id(asked.session) if asked is not None else ""
-        choice = self.chooser.choose(pods, found, now_s, why=why, session=session)
+        model = self._adapter(asked)
+        choice = self.chooser.choose(pods, found, now_s, why=why, session=session, model=model)
         choice = choice.with_last(self._full(room, choice.loads or self.chooser.in_flight.counts(pods, now_s)))
         if choice.ranked:
             self._book(choice, found, asked, now_s, time.perf_counter() - start_s)
@@ -274,6 +275,14 @@ class Decider:
             if (oldest := self._desk.receipts.open(new, expected, again=before is not None)) is not None:
                 self._log.receipt(msgspec.json.encode(oldest))
 
+    def _adapter(self, asked: Asked | None) -> str:
+        """The model that the request names, if it is not the base."""
+        model = asked.body.get("model") if asked is not None and asked.body is not None else None
+        spec = self.mirror.spec() if self.mirror is not None else None
+        if not isinstance(model, str) or spec is None or model in (spec.model, *spec.served_names):
+            return ""
+        return model
+
     def _full(self, room: Mapping[PodId, int], loads: Mapping[PodId, int]) -> set[PodId]:
         """What is behind replicas that have as many requests as they may have."""
         full: set[PodId] = set()
@@ -287,14 +296,16 @@ class Decider:
         """What can be chosen: replicas, or where they have any, their data parallel ranks."""
         return sorted(pod for replica in replicas for pod in self.ranks.pods(replica))
 
-    def _learn_ranks(self) -> None:
-        """Take in which pods are behind which replica, if a record has come since this was done last."""
+    def _learn_records(self) -> None:
+        """Take in which pods are behind which replica, and what adapters they have, if a record has come since."""
         if self.mirror is None:
             return
         as_of = self.mirror.counters["join"] + self.mirror.counters["loads"]
-        if as_of != self._ranks_as_of:
-            self.ranks.learn(domain for domain, _, _ in self.mirror.domains())
-            self._ranks_as_of = as_of
+        if as_of != self._records_as_of:
+            domains = [domain for domain, _, _ in self.mirror.domains()]
+            self.ranks.learn(domains)
+            self.chooser.adapters.learn(domains)
+            self._records_as_of = as_of
 
     def _held(self, pods: Sequence[PodId], keys: BlockKeys) -> list[bool]:
         return self.mirror.held(pods, keys) if self.mirror is not None else [False] * len(pods)

@@ -144,6 +144,7 @@ class VLLMReplica(LLMServer):
             hash_algorithm=vllm_config.cache_config.prefix_caching_hash_algo,
             hash_seed=os.environ.get("PYTHONHASHSEED"),
             offload_chunk_blocks=_offload_chunk_blocks(vllm_config),
+            adapter_slots=_adapter_slots(self._llm_config),
             capacity=cache.get("blocks", 0) if self._ranks else vllm_config.cache_config.num_gpu_blocks or 0,
             tokenizer=vllm_config.model_config.tokenizer,
             chat_template=self._chat_template(),
@@ -158,6 +159,11 @@ class VLLMReplica(LLMServer):
             address=ray.util.get_node_ip_address(),  # type: ignore[no-untyped-call]
         )
         return config if self._lmcache is None else self._lmcache.attach(config, vllm_config.model_config.model)
+
+    def _adapters(self) -> tuple[str, ...]:
+        """LoRA adapters that the engine has, as clients name them. Ray has no public way to them."""
+        models = getattr(self.engine, "_oai_models", None)
+        return tuple(sorted(getattr(models, "lora_requests", ())))
 
     def _chat_template(self) -> str | None:
         template: str | None = load_chat_template(_frontend_kwargs(self._llm_config).get("chat_template"))
@@ -206,15 +212,17 @@ class VLLMReplica(LLMServer):
 
         A publisher that is told nothing for long says nothing of the load: this process is then frozen.
         """
-        told, told_at_s = None, 0.0
+        told, told_at_s, adapters = None, 0.0, None
         while process.returncode is None:
             # Together, with no wait between: what is counted as in flight is what was told to be accepted.
             now, progress = self._cores.in_flight(place), self._cores.progress(place)
             served, usage, now_s = self._cores.take_ended(place), self._cores.usage(place), time.monotonic()
             if now != told or served or any(progress) or now_s >= told_at_s + USAGE_POLL_S:
-                pipe.write(msgspec.json.encode(Feed(now, served, usage, progress)) + b"\n")
+                has = self._adapters()
+                feed = Feed(now, served, usage, progress, has if has != adapters else None)
+                pipe.write(msgspec.json.encode(feed) + b"\n")
                 await pipe.drain()
-                told, told_at_s = now, now_s
+                told, told_at_s, adapters = now, now_s, has
             await asyncio.sleep(LOAD_POLL_S)
 
     async def __del__(self) -> None:
@@ -256,6 +264,14 @@ def _offload_chunk_blocks(vllm_config: Any) -> int:
     if blocks := extra.get("blocks_per_chunk"):
         return int(blocks)
     return max(1, int(extra.get("block_size") or 0) // int(vllm_config.cache_config.block_size))
+
+
+def _adapter_slots(llm_config: Any) -> int:
+    """LoRA adapters that Ray Serve LLM keeps in a replica, each loaded when a request names it."""
+    lora = llm_config.lora_config
+    if lora is None or lora.dynamic_lora_loading_path is None:
+        return 0
+    return int(lora.max_num_adapters_per_replica)
 
 
 def _frontend_kwargs(llm_config: Any) -> dict[str, Any]:

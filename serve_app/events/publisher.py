@@ -77,6 +77,7 @@ class PublisherConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     hash_algorithm: str = "sha256"  # vLLM's --prefix-caching-hash-algo
     hash_seed: str | None = None  # PYTHONHASHSEED of the engine's process
     offload_chunk_blocks: int = 1  # blocks that the engine's native offload stores as one
+    adapter_slots: int = 0  # LoRA adapters that it may have at once, each loaded at need; 0: it loads none by itself
     tokenizer: str = ""  # path or Hugging Face id; empty: the model's name
     chat_template: str | None = None
     content_format: str = "auto"
@@ -106,6 +107,7 @@ class Feed(msgspec.Struct, frozen=True):
     served: list[Served] = []  # requests that have ended since the line before
     usage: float = 0.0  # part of the GPU cache's blocks that requests hold, as vLLM counts; 0: nothing is compared
     progress: Progress = NO_PROGRESS  # of requests since the line before
+    adapters: tuple[str, ...] | None = None  # that the engine has now; None: nothing is said of them
 
 
 class StopSignal(Protocol):
@@ -146,6 +148,7 @@ class Publisher:
         self._served: deque[Served] = deque(maxlen=SERVED_MAX)  # not yet reported
         self._progress: deque[Progress] = deque(maxlen=SERVED_MAX)  # not yet reported
         self._fed_at_s = 0.0
+        self._adapters: tuple[str, ...] = ()
         self._reported_load: tuple[int, int] | None = None  # requests in flight, unused blocks
         self._reported_at_s = self._heartbeat_at_s = self._retry_at_s = 0.0
         self._applied = self._lost = self._joins = 0
@@ -220,7 +223,7 @@ class Publisher:
             if received.payload is not None:
                 self._apply(received.payload)
         self._check_itself()
-        self._publish_doubt()
+        self._renew_record()
 
     def _apply(self, payload: bytes) -> None:
         try:
@@ -300,11 +303,17 @@ class Publisher:
             chunk_blocks=config.offload_chunk_blocks,
         )
 
-    def _publish_doubt(self) -> None:
-        """Say in the domain's record whether the set may be wrong, and which tiers it lacks, when that changes."""
+    def _renew_record(self) -> None:
+        """Say in the domain's record whether the set may be wrong, and which tiers and adapters there are.
+
+        When that changes.
+        """
         blocks, domain = self._blocks, self._domain
         if blocks is None or domain is None:
             return
+        if self._adapters != domain.adapters:
+            self._domain = domain = replace(domain, adapters=self._adapters)
+            self._writer.join(domain)
         if blocks.degraded != domain.degraded or self._unindexed() != domain.unindexed:
             if blocks.degraded != domain.degraded:
                 why = self._doubt(blocks)
@@ -360,6 +369,8 @@ class Publisher:
             replica=config.replica,
             unindexed=self._unindexed(),
             doubt=self._doubt(self._blocks),
+            adapters=self._adapters,
+            adapter_slots=config.adapter_slots,
         )
         self._writer.join(domain)
         for tier, keys in self._blocks.snapshot().items():
@@ -451,6 +462,7 @@ class Publisher:
             self._usage = feed.usage
             self._served.extend(feed.served)
             self._fed_at_s = time.monotonic()
+            self._adapters = self._adapters if feed.adapters is None else feed.adapters
             if any(feed.progress):
                 self._progress.append(feed.progress)
         return bool(data)

@@ -41,6 +41,7 @@ from serve_app.types import (
 
 LOG_FIELD = b"r"
 TEXT_MAX_CHARS = 1024  # of a name or a reason in a log entry
+ADAPTERS_MAX = 1024  # of one engine
 _NUMBER_MAX = 2**53
 _SECONDS_MAX = 1e9
 PLAIN_VERSION = 1  # of a domain whose blocks are those of one group of full attention
@@ -84,6 +85,8 @@ class DomainRecord(msgspec.Struct, array_like=True, frozen=True):
     revision: str = ""
     tokenizer_mode: str = "auto"
     identity: tuple[tuple[str, str], ...] = ()
+    adapters: tuple[str, ...] = ()
+    adapter_slots: int = 0
 
     @classmethod
     def of(cls, domain: Domain, tiers: tuple[str, ...] = ()) -> DomainRecord:
@@ -118,6 +121,8 @@ class DomainRecord(msgspec.Struct, array_like=True, frozen=True):
             spec.revision,
             spec.tokenizer_mode,
             spec.identity,
+            domain.adapters[:ADAPTERS_MAX],
+            domain.adapter_slots,
         )
 
     def domain(self, domain_id: DomainId) -> Domain:
@@ -154,6 +159,8 @@ class DomainRecord(msgspec.Struct, array_like=True, frozen=True):
             replica=self.replica,
             unindexed=self.unindexed,
             doubt=self.doubt,
+            adapters=self.adapters[:ADAPTERS_MAX],
+            adapter_slots=max(self.adapter_slots, 0),
         )
 
     def _layout(self) -> CacheLayout | None:

@@ -27,7 +27,7 @@ class Outcome(StrEnum):
 
 
 class Cost(NamedTuple):
-    """What a request would cost at one pod, in seconds. The first four are its expected time to first token.
+    """What a request would cost at one pod, in seconds. `ttft_s` says which terms are its own time to first token.
 
     A token's prefill time is the pod's own (learning.py), so the terms of a slow and a fast pod can be compared.
     """
@@ -39,10 +39,11 @@ class Cost(NamedTuple):
     balance_s: float = 0.0  # it has more than its share of the fleet's requests: all that run there wait longer
     displace_s: float = 0.0  # what the new blocks push out, and whom the prefill delays, must be made good later
     suspect_s: float = 0.0  # it does not answer as it should (suspicion.py)
+    adapter_s: float = 0.0  # the request's LoRA adapter must be loaded first (adapters.py)
 
     @property
     def ttft_s(self) -> float:
-        return self.compute_s + self.load_s + self.queue_s + self.decode_s
+        return self.compute_s + self.load_s + self.queue_s + self.decode_s + self.adapter_s
 
     @property
     def total_s(self) -> float:
@@ -59,6 +60,7 @@ class Choice:
     costs: Mapping[PodId, Cost] = field(default_factory=dict)  # empty: the order does not rest on costs
     held_tokens: Mapping[PodId, int] = field(default_factory=dict)  # of the prompts, speculative blocks included
     loads: Mapping[PodId, int] = field(default_factory=dict)  # requests in flight; empty: the policy does not ask
+    adapter: str = ""  # that the request asks for, if it is one
 
     def with_last(self, pods: Collection[PodId]) -> Choice:
         """The same, but these pods come after all others."""

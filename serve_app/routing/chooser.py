@@ -10,9 +10,12 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from types import MappingProxyType
 from typing import NamedTuple
 
 from serve_app.blocks import KEY_BYTES
+from serve_app.routing.adapters import Adapters
 from serve_app.routing.baselines import SessionRing, Turns, by_load
 from serve_app.routing.choice import Choice, Cost, Outcome, Policy
 from serve_app.routing.costs import CostWeights, cost, tokens_to_compute
@@ -29,6 +32,7 @@ from serve_app.types import BlockKeys, Found, PodId, PodLoad, PodMatch, Progress
 SETTLE_S = 0.005  # the ledger is compared with the index at most this often
 
 _NOTHING = PodMatch()
+_NOBODY: Mapping[PodId, float] = MappingProxyType({})
 
 
 class Sent(NamedTuple):
@@ -58,6 +62,7 @@ class Chooser:
         self.ledger = Ledger()
         self.rates = PrefillRates()
         self.turnover = Turnover()
+        self.adapters = Adapters(self.weights.adapter_load_s)
         self._held = held
         self._homes = Homes()
         self._turns = Turns()
@@ -68,7 +73,14 @@ class Chooser:
     # -- the choice -----------------------------------------------------------------------------------------------
 
     def choose(
-        self, pods: Sequence[PodId], found: Found | None, now_s: float, *, why: str = "", session: str = ""
+        self,
+        pods: Sequence[PodId],
+        found: Found | None,
+        now_s: float,
+        *,
+        why: str = "",
+        session: str = "",
+        model: str = "",
     ) -> Choice:
         """Rank `pods`.
 
@@ -77,7 +89,24 @@ class Chooser:
             found: the request's prompts and matches; None if they could not be had.
             why: why they could not, or why they are of a part of the prompt only; the decision's reason.
             session: what the client calls its session; used when there is nothing better.
+            model: that the request names: the base, or a LoRA adapter.
         """
+        lacks = self.adapters.cost_s(model, pods, now_s)
+        choice = self._choose(pods, found, now_s, why, session, lacks)
+        if choice.costs or not lacks:
+            return replace(choice, adapter=model) if self.adapters.knows(model) else choice
+        # What does not rest on costs: the same order, of those first that have it, or can get it.
+        return replace(choice, ranked=sorted(choice.ranked, key=lambda pod: lacks.get(pod, 0.0)), adapter=model)
+
+    def _choose(
+        self,
+        pods: Sequence[PodId],
+        found: Found | None,
+        now_s: float,
+        why: str,
+        session: str,
+        lacks: Mapping[PodId, float],
+    ) -> Choice:
         turn = self._turns.order(pods)
         if self.policy is Policy.ROUND_ROBIN:
             return Choice(sorted(pods, key=turn.__getitem__), Outcome.BASELINE, self.policy.value)
@@ -91,7 +120,7 @@ class Chooser:
         if found is None:
             return Choice(self._by_session(session, pods, loads, turn), Outcome.FALLBACK, why, loads=loads)
         if self.strategy is Strategy.EXPECTED_TTFT:
-            return self._by_cost(pods, found, loads, turn, now_s, why)
+            return self._by_cost(pods, found, loads, turn, now_s, why, lacks)
         return self._by_score(pods, found, loads, turn, why)
 
     def expected(self, pods: Sequence[PodId], found: Found, now_s: float) -> dict[PodId, Cost]:
@@ -121,8 +150,9 @@ class Chooser:
         turn: Mapping[PodId, int],
         now_s: float,
         why: str,
+        lacks: Mapping[PodId, float],
     ) -> Choice:
-        costs = self._costs(pods, found, loads, now_s)
+        costs = self._costs(pods, found, loads, now_s, lacks)
         totals = {pod: terms.total_s for pod, (terms, _) in costs.items()}
         prompt_tokens = found.prompt_tokens
         held = {pod: prompt_tokens - compute for pod, (_, compute) in costs.items()}
@@ -148,7 +178,12 @@ class Chooser:
         return self._homes.find(found.prompts[0].keys, -(-held_tokens // found.block_size))
 
     def _costs(
-        self, pods: Sequence[PodId], found: Found, loads: Mapping[PodId, int], now_s: float
+        self,
+        pods: Sequence[PodId],
+        found: Found,
+        loads: Mapping[PodId, int],
+        now_s: float,
+        lacks: Mapping[PodId, float] = _NOBODY,
     ) -> dict[PodId, tuple[Cost, int]]:
         """Cost at each pod, and the tokens that it would have to compute."""
         if now_s >= self._settle_at_s:
@@ -184,8 +219,8 @@ class Chooser:
                     evicted.get(pod, 0),
                     weights,
                 )
-                if pod in suspects and not i:
-                    terms = terms._replace(suspect_s=suspects[pod])
+                if not i and (pod in suspects or pod in lacks):
+                    terms = terms._replace(suspect_s=suspects.get(pod, 0.0), adapter_s=lacks.get(pod, 0.0))
                 one = terms, compute[pod]
                 totals[pod] = one if not i else _sum(totals[pod], one)
         return totals
@@ -231,6 +266,7 @@ class Chooser:
         """
         self.in_flight.sent(pod, now_s, tag)
         self._turns.sent(pod)
+        self.adapters.sent(choice.adapter, pod, now_s)
         if found is None or not choice.costs:
             return Sent(pod, (), tag)
         expected_s = choice.costs[pod].ttft_s if pod in choice.costs else 0.0

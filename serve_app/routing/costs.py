@@ -24,6 +24,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from types import MappingProxyType
 
+from serve_app.routing.adapters import LOAD_S
 from serve_app.routing.choice import Cost
 from serve_app.scoring import TRUST_WEIGHTS
 from serve_app.types import CPU, GPU, LMCACHE, PodMatch, Tier
@@ -40,6 +41,7 @@ class CostWeights:
     in_flight_tokens: float = 8.0  # tokens of prefill by which one request in flight slows another's
     imbalance_tokens: float = 16_384.0  # what having twice the fleet's mean in flight costs, beyond chance
     displace: float = 1.0  # of the tokens to compute
+    adapter_load_s: float = LOAD_S  # seconds that loading a LoRA adapter takes
 
 
 def tokens_to_compute(prompt_tokens: int, match: PodMatch, soon_tokens: int) -> int:

@@ -101,6 +101,17 @@ async def test_an_explanation_and_an_adapter_travel_in_headers(
         assert "serve_multiplexed_model_id" not in answer["request_headers"]
 
 
+async def test_a_request_goes_to_where_its_adapter_is(router: KVCacheAwareRouter, fleet: Fleet) -> None:
+    """`tales` is at a; b holds the base's blocks of the prompt, and loads no adapter by itself."""
+    fleet.join_plain("a", adapters=("tales", "poems"))
+    fleet.join_plain("b", holds=8)
+    await know(router, 2)
+    for body in (BODY, {"messages": 7}, {"prompt": TOKENS[:2]}):
+        assert await ask({**body, "model": "tales"}) == {"replica_id": A}
+    assert await ask() == {"replica_id": B}
+    assert await ask({**BODY, "model": "of nobody"}) != {"replica_id": "none"}  # vLLM answers that
+
+
 @pytest.mark.parametrize("path", ["/tokenize", "/v1/load_lora_adapter", "/pause", "/kvcache/v1/anything"])
 async def test_what_makes_no_tokens_is_nobodys_load(router: KVCacheAwareRouter, fleet: Fleet, path: str) -> None:
     fleet.join_plain("a", holds=8)

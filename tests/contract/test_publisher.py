@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -10,10 +11,10 @@ import pytest
 import redis
 from vllm.distributed.kv_events import AllBlocksCleared, BlockRemoved, BlockStored
 
-from serve_app.events.publisher import Feed
+from serve_app.events.publisher import FEED_LATE_S, HEARTBEAT_S, Feed
 from serve_app.events.source import EventSource
 from serve_app.index.mirror import Mirror
-from serve_app.types import Served, Trust
+from serve_app.types import Progress, Served, Trust
 from tests.engine import MODEL, POD, SIZE, Engine, PublisherProcess, engine_hash, matched
 from tests.helpers import eventually
 
@@ -81,16 +82,59 @@ def test_load_reports_reach_the_mirror(publisher: PublisherProcess, mirror: Mirr
 
 def test_the_room_that_is_left_in_the_cache_reaches_the_mirror(engine: Engine, redis_url: str, mirror: Mirror) -> None:
     publisher = PublisherProcess(engine, redis_url, capacity=10)
-    publisher.tell(msgspec.json.encode(Feed(1)))  # and then only the cache changes
     for act, unused in (
         (lambda: engine.store(range(4 * SIZE)), 5),
         (lambda: engine.remove(range(SIZE)), 6),
         (lambda: engine.send(AllBlocksCleared()), 9),
         (lambda: engine.store(range(12 * SIZE)), 0),  # no less than none
     ):
+        publisher.tell(msgspec.json.encode(Feed(1)))  # and then only the cache changes
         act()
         eventually(lambda: (load := mirror.load(POD)) is not None and load.unused_blocks == unused)  # noqa: B023
     publisher.kill()
+
+
+def test_what_becomes_of_requests_reaches_the_mirror(publisher: PublisherProcess, mirror: Mirror) -> None:
+    one, two = b"one-----", b"two-----"
+    told: list[tuple[object, Progress]] = []
+    for progress in (Progress(accepted=one + two), Progress(prefilled=one), Progress(ended=one + two)):
+        publisher.tell(msgspec.json.encode(Feed(1, progress=progress)))
+
+    def all_told() -> bool:
+        told.extend(mirror.progress())
+        return bool(told) and told[-1][1].ended == one + two
+
+    eventually(all_told)
+    assert {pod for pod, _ in told} == {POD}
+    assert [b"".join(parts) for parts in zip(*(progress for _, progress in told), strict=True)] == [
+        one + two,
+        one,
+        one + two,
+    ]
+
+
+def test_a_stopped_replica_reports_no_load(publisher: PublisherProcess, mirror: Mirror) -> None:
+    """Its publisher is a process of its own, and lives on: what it was told last is no news any more."""
+    publisher.tell(msgspec.json.encode(Feed(3)))
+    eventually(lambda: mirror.load(POD) is not None)
+    time.sleep(FEED_LATE_S + HEARTBEAT_S)
+    last = mirror.load(POD)
+    assert last is not None
+    assert time.monotonic() - last.received_at_s > HEARTBEAT_S
+    assert mirror.trust(POD) is Trust.EXACT  # of what it holds nothing is in doubt
+    publisher.tell(msgspec.json.encode(Feed(2)))
+    eventually(lambda: (load := mirror.load(POD)) is not None and load.in_flight == 2)
+
+
+def test_the_adapters_of_an_engine_are_in_its_record(publisher: PublisherProcess, mirror: Mirror) -> None:
+    def adapters() -> tuple[str, ...]:
+        return next((domain.adapters for domain, _, _ in mirror.domains()), ())
+
+    before = [domain.epoch for domain, _, _ in mirror.domains()]
+    for said, expected in ((("a", "b"), ("a", "b")), (None, ("a", "b")), ((), ())):
+        publisher.tell(msgspec.json.encode(Feed(0, adapters=said)))
+        eventually(lambda: adapters() == expected)  # noqa: B023
+    assert [domain.epoch for domain, _, _ in mirror.domains()] == before  # the same life: its blocks are still there
 
 
 def test_an_idle_publishers_heartbeat_goes_on_changing(publisher: PublisherProcess, mirror: Mirror) -> None:
