@@ -7,6 +7,7 @@ from collections import OrderedDict
 
 import pytest
 
+from serve_app.index.keyspace import ADAPTERS_MAX, DomainRecord
 from serve_app.routing.adapters import COMING_S, LOAD_S, NEVER_S, Adapters
 from serve_app.routing.choice import Policy
 from serve_app.scoring import Strategy
@@ -123,3 +124,17 @@ def test_a_burst_for_a_new_adapter_stays_together() -> None:
         router.chooser.sent(choice.ranked[0], found, choice, START_S)
         pods.add(choice.ranked[0])
     assert len(pods) <= 2
+
+
+def test_what_engines_and_clients_make_up_is_bounded() -> None:
+    many = tuple(f"base:{i}" for i in range(5000))
+    record = DomainRecord.of(domain(A, many, 2))
+    assert len(record.adapters) == ADAPTERS_MAX
+    assert record.domain(DomainId(A)).adapters == many[:ADAPTERS_MAX]
+    adapters = Adapters()
+    adapters.learn([domain(A, slots=2)])
+    for name in many:
+        adapters.sent(name, A, START_S)
+    assert len(adapters._coming[A]) <= 64
+    adapters.learn([])
+    assert not adapters._coming
