@@ -6,6 +6,7 @@ In: HAProxy's own arguments; Ray passes `-f CONFIG`, and the config names Ray's 
 this process' place, with edited copies of the two beside Ray's own. What is edited (of Ray 2.60:
 ingress_request_router.lua.tmpl and haproxy_templates.py):
 
+    which router is asked                    for a conversation always the same one: it has its tokens, and its choice
     a router that does not answer in time    is left alone for two seconds, and the next one is asked
     no router has answered                   plain balancing, where Ray answers 503
     the request to the router                names the path too: what makes no tokens is not booked as if it did
@@ -34,6 +35,7 @@ TIMEOUT_VARIABLE = "KVCACHE_ROUTER_TIMEOUT_S"
 BINARY_VARIABLE = "KVCACHE_HAPROXY_BINARY"
 DEFAULT_TIMEOUT_S = 1.0
 REST_S = 2
+LOOK_BYTES, USER_BYTES, HEAD_BYTES = 32_768, 256, 1024  # of a body, to tell what conversation it is of
 UNROUTED_HEADER = "x-kvcache-unrouted"
 UNROUTED_REASONS = ("router_unreachable", "router_non_200", "unparseable_replica_id", "unknown_replica_id")
 _MARK = "-- edited by kvcache-haproxy\n"
@@ -69,6 +71,23 @@ local function kvcache_rest(router)
     core.log(core.warning, "kvcache: no answer of the router at " .. router.host .. ":" .. router.port)
 end
 
+-- A number that stays the same for a session, or for what a conversation begins with: its first user's message, or the
+-- beginning of a body that has none.
+local function kvcache_place(body, session_id)
+    local text = session_id
+    if not text or text == "" then
+        local _, role_end = body:sub(1, {look_bytes}):find('"role"%s*:%s*"user"')
+        text = role_end and body:sub(role_end + 1, role_end + {user_bytes}) or body:sub(1, {head_bytes})
+        local message_end = role_end and text:find('"%s*}}')  -- what follows a short one is another in the next turn
+        text = message_end and text:sub(1, message_end) or text
+    end
+    local hash = 5381
+    for i = 1, #text do
+        hash = (hash * 33 + text:byte(i)) % 4294967296
+    end
+    return hash
+end
+
 -- The replica counts these.
 local function kvcache_balance_plainly(txn, why)
     txn.http:req_set_header("{unrouted}", why)
@@ -86,11 +105,21 @@ def lua_edits(timeout_s: float) -> list[Edit]:
         Edit("local ROUTER_REQUEST_TIMEOUT_S = ", f"local ROUTER_REQUEST_TIMEOUT_S = {timeout_s:g} -- "),
         Edit(
             "local function call_router(router, body, truncated_length, session_id, request_id)\n",
-            _HELPERS.format(rest_s=REST_S, unrouted=UNROUTED_HEADER).lstrip(),
+            _HELPERS.format(
+                rest_s=REST_S,
+                unrouted=UNROUTED_HEADER,
+                look_bytes=LOOK_BYTES,
+                user_bytes=USER_BYTES,
+                head_bytes=HEAD_BYTES,
+            ).lstrip(),
         ),
         Edit(
             '        .. request_id_header\n        .. "\\r\\n"\n',
             '        .. request_id_header\n        .. "X-Kvcache-Path: " .. path .. "\\r\\n"\n        .. "\\r\\n"\n',
+        ),
+        Edit(
+            "    local start = _rr_cursor[app] or 0\n    _rr_cursor[app] = start + 1\n",
+            "    local start = kvcache_place(body, session_id)\n",
         ),
         Edit(
             "        response = call_router(router, body, truncated, session_id, request_id)\n"

@@ -24,7 +24,7 @@ from tests.servers import free_port
 
 HAPROXY = Path(sys.executable).with_name("kvcache-haproxy")
 TIMEOUT_S = 0.4
-BODY = {"model": "m", "prompt": "hello"}
+BODY: dict[str, object] = {"model": "m", "prompt": "hello"}
 
 
 class Server:
@@ -85,8 +85,24 @@ class Stack:
     def asked(self) -> int:
         return sum(len(router.requests) for router in self.routers)
 
-    def post(self, path: str = "/v1/completions", **headers: str) -> httpx.Response:
-        return httpx.post(f"http://127.0.0.1:{self.port}{path}", json=BODY, headers=headers, timeout=20)
+    def post(self, path: str = "/v1/completions", body: dict[str, object] = BODY, **headers: str) -> httpx.Response:
+        return httpx.post(f"http://127.0.0.1:{self.port}{path}", json=body, headers=headers, timeout=20)
+
+    def asked_of(self, body: dict[str, object], **headers: str) -> int:
+        """Which router is asked about it."""
+        before = [len(router.requests) for router in self.routers]
+        self.post(body=body, **headers).raise_for_status()
+        ((place, _),) = [
+            (i, now) for i, router in enumerate(self.routers) if (now := len(router.requests)) != before[i]
+        ]
+        return place
+
+    def own(self) -> tuple[Server, Server]:
+        """The router that is asked about `BODY`, and the other one."""
+        first = self.asked_of(BODY)
+        for router in self.routers:
+            router.requests.clear()
+        return self.routers[first], self.routers[1 - first]
 
     def by(self, count: int) -> list[str]:
         """Who answered so many requests; none of them may fail."""
@@ -161,12 +177,38 @@ def test_a_router_is_asked_with_the_body_and_the_path(stack: Stack) -> None:
     assert headers["x-kvcache-path"] == "/v1/completions"
 
 
-def test_routers_take_turns_and_may_set_headers(stack: Stack) -> None:
+def test_routers_may_set_headers(stack: Stack) -> None:
     for router in stack.routers:
         router.answer = lambda _: (200, {"replica_id": "id-0", "request_headers": {"x-data-parallel-rank": "3"}})
     assert stack.by(4) == ["r0"] * 4
-    assert [len(router.requests) for router in stack.routers] == [2, 2]
     assert {headers["x-data-parallel-rank"] for _, headers, _ in stack.replicas[0].requests} == {"3"}
+
+
+def chat(first: str, *more: str, **fields: object) -> dict[str, object]:
+    turns = [{"role": role, "content": text} for role, text in zip(("user", "assistant") * 9, (first, *more))]  # noqa: B905
+    return {"model": "m", "messages": [{"role": "system", "content": "Be brief. " * 100}, *turns], **fields}
+
+
+def test_a_conversation_has_its_router_and_conversations_are_spread(stack: Stack) -> None:
+    places = []
+    for number in range(32):
+        first = f"Question {number} of a long conversation."
+        turns = [
+            chat(first),
+            chat(first, "Well.", "And then?"),
+            chat(first, "Well.", "Now?", max_tokens=5, stream=False),
+        ]
+        (place,) = {stack.asked_of(body) for body in turns}
+        places.append(place)
+    assert 6 <= sum(places) <= 26
+    assert len({stack.asked_of(chat(f"{i}"), **{"x-session-id": "s"}) for i in range(16)}) == 1
+    prompts = [f"{i} is the number of a text that goes on." for i in range(32)]
+    assert 6 <= sum(stack.asked_of({"model": "m", "prompt": prompt}) for prompt in prompts) <= 26
+
+
+@pytest.mark.parametrize("body", [{}, {"messages": []}, chat(""), chat("\x00\u20ac" * 300), chat("x" * 100_000)])
+def test_any_body_has_a_router(stack: Stack, body: dict[str, object]) -> None:
+    assert stack.asked_of(body) == stack.asked_of(body)
 
 
 def test_another_application_is_none_of_the_routers_business(stack: Stack) -> None:
@@ -175,11 +217,12 @@ def test_another_application_is_none_of_the_routers_business(stack: Stack) -> No
 
 
 def test_one_router_gone_nobody_waits(stack: Stack) -> None:
-    stack.routers[0].close()
+    own, other = stack.own()
+    own.close()
     started_s = time.monotonic()
     assert stack.by(20) == ["r1"] * 20
     assert time.monotonic() - started_s < 5
-    assert len(stack.routers[1].requests) == 20
+    assert len(other.requests) == 20
 
 
 def test_both_routers_gone_requests_are_balanced_plainly(stack: Stack) -> None:
@@ -191,7 +234,8 @@ def test_both_routers_gone_requests_are_balanced_plainly(stack: Stack) -> None:
 
 
 def test_a_hanging_router_is_asked_once_in_a_while(stack: Stack) -> None:
-    stack.routers[0].answer = lambda _: None
+    own, _ = stack.own()
+    own.answer = lambda _: None
     waits_s = []
     for _ in range(12):
         started_s = time.monotonic()
@@ -199,18 +243,20 @@ def test_a_hanging_router_is_asked_once_in_a_while(stack: Stack) -> None:
         waits_s.append(time.monotonic() - started_s)
     assert sum(wait_s > TIMEOUT_S / 2 for wait_s in waits_s) <= 2  # the clock's second may end in between
     assert max(waits_s) < 4 * TIMEOUT_S
-    assert len(stack.routers[0].requests) <= 2
+    assert len(own.requests) <= 2
 
 
 def test_a_router_that_is_back_is_asked_again(stack: Stack) -> None:
-    stack.routers[0].answer = lambda _: (500, {})
-    stack.by(4)
-    stack.routers[0].answer = lambda _: (200, {"replica_id": "id-0"})
-    stack.routers[0].requests.clear()
+    own, other = stack.own()
+    own.answer = lambda _: (500, {})
+    assert stack.by(4) == ["r1"] * 4
+    assert len(other.requests) == 4
+    own.answer = lambda _: (200, {"replica_id": "id-0"})
+    own.requests.clear()
 
     def is_asked() -> bool:
         stack.by(2)
-        return bool(stack.routers[0].requests)
+        return bool(own.requests)
 
     eventually(is_asked)
 
