@@ -432,9 +432,12 @@ def test_routers_may_be_killed_and_frozen_and_no_request_fails(
         for router in routers():
             router.kill()
         time.sleep(3)
+    print(sorted(round(took_s, 1) for took_s in load.took_s))
     assert load.failed == []
     assert len(load.took_s) > 40
-    assert max(load.took_s) < 5
+    # Each of HAProxy's four threads finds out for itself; here it waits three seconds (conftest), by default one.
+    assert sum(took_s > 1 for took_s in load.took_s) <= 16
+    assert max(load.took_s) < 8
     eventually(lambda: len(routers()) == 2, 120)
     eventually(lambda: [ask(openai_client, messages)[0] for _ in range(4)] == [home] * 4, 60)
 
@@ -458,29 +461,31 @@ def _answers(http: httpx.Client, body: dict[str, Any]) -> bool:
 
 
 class _Load:
-    """Short requests, about ten a second, on a connection of their own."""
+    """Short requests of eight clients, each some two a second, on connections of their own."""
 
     def __init__(self, url: str) -> None:
         self.failed: list[str] = []
         self.took_s: list[float] = []
         self._url = url
         self._stop = threading.Event()
-        self._thread = threading.Thread(target=self._run)
+        self._threads = [threading.Thread(target=self._run, args=(number,)) for number in range(8)]
 
     def __enter__(self) -> _Load:
-        self._thread.start()
+        for thread in self._threads:
+            thread.start()
         return self
 
     def __exit__(self, *_: object) -> None:
         self._stop.set()
-        self._thread.join()
+        for thread in self._threads:
+            thread.join()
 
-    def _run(self) -> None:
+    def _run(self, client_number: int) -> None:
         with httpx.Client(base_url=self._url, timeout=30) as client:
             for number in itertools.count():
-                if self._stop.wait(0.05):
+                if self._stop.wait(0.4):
                     return
-                body = {"model": MODEL, "prompt": f"{number} is a number", "max_tokens": 1}
+                body = {"model": MODEL, "prompt": f"{client_number} and {number} are numbers", "max_tokens": 1}
                 started_s = time.monotonic()
                 try:
                     answer = client.post("/v1/completions", json=body)
