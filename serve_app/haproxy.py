@@ -34,6 +34,7 @@ from serve_app.errors import ConfigError
 TIMEOUT_VARIABLE = "KVCACHE_ROUTER_TIMEOUT_S"
 BINARY_VARIABLE = "KVCACHE_HAPROXY_BINARY"
 DEFAULT_TIMEOUT_S = 1.0
+CONNECT_S = 0.25  # to a process of this node: a router that is there takes it at once, however busy it is
 REST_S = 2
 LOOK_BYTES, USER_BYTES, HEAD_BYTES = 32_768, 256, 1024  # of a body, to tell what conversation it is of
 UNROUTED_HEADER = "x-kvcache-unrouted"
@@ -103,6 +104,13 @@ def lua_edits(timeout_s: float) -> list[Edit]:
     plainly = 'kvcache_balance_plainly(txn, "{}")'.format
     return [
         Edit("local ROUTER_REQUEST_TIMEOUT_S = ", f"local ROUTER_REQUEST_TIMEOUT_S = {timeout_s:g} -- "),
+        Edit(
+            "    sock:settimeout(ROUTER_REQUEST_TIMEOUT_S)\n\n"
+            "    if not sock:connect(router.host, router.port) then\n        return nil\n    end\n",
+            f"    sock:settimeout({CONNECT_S:g})  -- a connection that is refused, HAProxy tries for seconds\n\n"
+            "    if not sock:connect(router.host, router.port) then\n        return nil\n    end\n"
+            "    sock:settimeout(ROUTER_REQUEST_TIMEOUT_S)\n",
+        ),
         Edit(
             "local function call_router(router, body, truncated_length, session_id, request_id)\n",
             _HELPERS.format(
