@@ -434,7 +434,7 @@ def test_routers_may_be_killed_and_frozen_and_no_request_fails(
         time.sleep(3)
     print(sorted(round(took_s, 1) for took_s in load.took_s))
     assert load.failed == []
-    assert len(load.took_s) > 40
+    assert len(load.took_s) > 20
     # Each of HAProxy's four threads finds out for itself; here it waits three seconds (conftest), by default one.
     assert sum(took_s > 1 for took_s in load.took_s) <= 16
     assert max(load.took_s) < 8
