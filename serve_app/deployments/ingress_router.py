@@ -58,6 +58,7 @@ FAST = {
     "RAY_SERVE_RUN_ROUTER_IN_SEPARATE_LOOP": "0",
 }
 
+_NOT_IN_LUA = frozenset('"\\{}')  # by which its patterns find the headers in the answer, without reading JSON
 _decode = msgspec.json.Decoder(dict[str, Any]).decode
 
 
@@ -100,15 +101,15 @@ class RouteEndpoint:
         if scope["type"] != "http" or scope["path"] != ROUTE_PATH:
             await self._app(scope, receive, send)
             return
-        body = b""
+        parts: list[bytes] = []
         more = True
         while more:
             message = await receive()
             if message["type"] != "http.request":
                 return  # HAProxy has gone
-            body += message.get("body", b"")
+            parts.append(message.get("body", b""))
             more = message.get("more_body", False)
-        answer = await _answer(scope["headers"], body)
+        answer = await _answer(scope["headers"], b"".join(parts))
         await send({"type": "http.response.start", "status": 200, "headers": _ANSWER_HEADERS})
         await send({"type": "http.response.body", "body": answer})
 
@@ -199,7 +200,9 @@ def _request_headers(router: KVCacheAwareRouter, decision: Decision, best: PodId
 def _adapter(body: Mapping[str, Any] | None) -> str:
     """The adapter that the request names, if the replicas load adapters at need: `base:adapter`, as Ray names them."""
     base, model = routed.base_model, body.get("model") if body is not None else None
-    return model if base and isinstance(model, str) and model.startswith(f"{base}:") else ""
+    if not base or not isinstance(model, str) or not model.startswith(f"{base}:"):
+        return ""
+    return "" if _NOT_IN_LUA.intersection(model) else model
 
 
 def _encode(replica: str, request_headers: Mapping[str, str]) -> bytes:

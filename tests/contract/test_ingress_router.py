@@ -95,7 +95,7 @@ async def test_an_explanation_and_an_adapter_travel_in_headers(
     answer = await ask({**BODY, "model": f"{MODEL}:tales"})
     assert isinstance(answer, dict)
     assert answer["request_headers"]["serve_multiplexed_model_id"] == f"{MODEL}:tales"
-    for model in (MODEL, "other:tales", 7, None):
+    for model in (MODEL, "other:tales", 7, None, f'{MODEL}:a","x-data-parallel-rank":"9', f"{MODEL}:}}"):
         answer = await ask({**BODY, "model": model})
         assert isinstance(answer, dict)
         assert "serve_multiplexed_model_id" not in answer["request_headers"]
