@@ -53,8 +53,8 @@ def wait_until_routed_by_cache(url: str, *, shared: bool) -> None:
 
     Those alternate. So a new prompt that is answered three times by one replica, from its cache, was routed by it. (A
     prompt of an attempt that failed is no good any more: both replicas have it, and equal ones take turns.) With a
-    `shared` tier any replica may answer the others, from its cache. There are two routers, and a prompt has one of both:
-    so several prompts in a row must do.
+    `shared` tier any replica may answer the others, from its cache. Of two routers a prompt has one, so several prompts
+    in a row must do.
     """
     with openai.OpenAI(base_url=f"{url}/v1", api_key="none", timeout=120, max_retries=0) as client:
         model = client.models.list().data[0].id
