@@ -188,6 +188,7 @@ def quick(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(mirror_module, "READ_BLOCK_MS", 5)
     monkeypatch.setattr(mirror_module, "CHECK_PERIOD_S", 0.02)
     monkeypatch.setattr(mirror_module, "RETRY_S", 0.01)
+    monkeypatch.setattr(mirror_module, "LATE_LASTS_S", 0.5)  # after a moment in which the machine stood still
 
 
 @pytest.mark.usefixtures("quick")
@@ -204,7 +205,7 @@ def test_every_mirror_ends_up_equal_to_the_engines(
     try:
         for event in history:
             world.do(event)
-        eventually(world.settled, 10)  # perhaps by chance, before somebody has noticed the last fault
-        eventually(world.settled, 10)
+        eventually(world.settled, 30)  # perhaps by chance, before somebody has noticed the last fault
+        eventually(world.settled, 30)
     finally:
         world.close()
