@@ -13,11 +13,18 @@ from ray.serve._private.common import DeploymentHandleSource, DeploymentID
 
 from serve_app.deployments import routed
 from serve_app.deployments.request_router import KVCacheAwareRouter
+from serve_app.index import mirror as mirror_module
 from serve_app.index.mirror import Mirror
 from tests.contract import serve_router
 from tests.engine import MODEL, PublisherProcess
 from tests.helpers import following
 from tests.unit.prompts.conftest import write_model
+
+
+@pytest.fixture
+def a_stop_is_short(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A mirror whose machine stands still for a second calls all `stale` for ten more: here for half of one."""
+    monkeypatch.setattr(mirror_module, "LATE_LASTS_S", 0.5)
 
 
 @pytest.fixture

@@ -188,10 +188,9 @@ def quick(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(mirror_module, "READ_BLOCK_MS", 5)
     monkeypatch.setattr(mirror_module, "CHECK_PERIOD_S", 0.02)
     monkeypatch.setattr(mirror_module, "RETRY_S", 0.01)
-    monkeypatch.setattr(mirror_module, "LATE_LASTS_S", 0.5)  # after a moment in which the machine stood still
 
 
-@pytest.mark.usefixtures("quick")
+@pytest.mark.usefixtures("quick", "a_stop_is_short")
 @settings(
     max_examples=100,
     deadline=None,

@@ -28,6 +28,8 @@ from tests.engine import MODEL, POD, Engine, PublisherProcess
 from tests.helpers import eventually, following
 from tests.vllm_engine import BLOCK_SIZE, VLLMEngine
 
+pytestmark = pytest.mark.usefixtures("a_stop_is_short")
+
 CAPACITY = 4000
 REQUESTS = 20
 

@@ -18,6 +18,8 @@ from tests.engine import POD, SIZE, Engine, PublisherProcess, engine_hash, match
 from tests.helpers import eventually
 from tests.proxy import HOST, Proxy
 
+pytestmark = pytest.mark.usefixtures("a_stop_is_short")
+
 CAPACITY = 600  # blocks
 MUCH = 2000  # tokens of a batch that fills the sockets' buffers soon
 HWM = 4

@@ -18,6 +18,8 @@ from serve_app.types import Progress, Served, Trust
 from tests.engine import MODEL, POD, SIZE, Engine, PublisherProcess, engine_hash, matched
 from tests.helpers import eventually
 
+pytestmark = pytest.mark.usefixtures("a_stop_is_short")
+
 
 @pytest.fixture
 def engine(tmp_path: Path) -> Iterator[Engine]:
