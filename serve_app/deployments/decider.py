@@ -288,7 +288,7 @@ class Decider:
         full: set[PodId] = set()
         for replica, most in room.items():
             pods = self.ranks.pods(replica)
-            if sum(loads[pod] for pod in pods) >= most:
+            if sum(loads.get(pod, 0) for pod in pods) >= most:  # a rank may have joined since the choice
                 full.update(pods)
         return full
 

@@ -152,10 +152,9 @@ async def _answer(headers: Sequence[tuple[bytes, bytes]], body: bytes) -> bytes:
         return _BALANCE_PLAINLY
     try:
         asked, is_generation = _asked(headers, body)
-        room = {name: replica.max_ongoing_requests for name, replica in replicas.items()}
         if not is_generation:
-            return _encode(replicas[router.decider.least_loaded(room)].replica_id.to_full_id_str(), {})
-        decision = await router.decider.decide(room, asked)
+            return _encode(replicas[router.decider.least_loaded(replicas)].replica_id.to_full_id_str(), {})
+        decision = await router.decider.decide(router.room, asked)
         best = next(iter(decision.best))
         return _encode(replicas[best].replica_id.to_full_id_str(), _request_headers(router, decision, best, asked))
     except Exception as error:

@@ -35,6 +35,7 @@ class KVCacheAwareRouter(MultiplexMixin, RequestRouter):
         self.decider = Decider(RouterSettings(**settings), self._event_loop)
         self._told_of_ranks = False
         self._running: dict[PodId, RunningReplica] = {}
+        self.room: dict[PodId, int] = {}  # requests that each of them may have at once
         # Every proxy makes a router of its own that it hardly ever asks: there the heavy parts start on first use.
         if self._handle_source != DeploymentHandleSource.PROXY:
             self.decider.start()
@@ -58,6 +59,7 @@ class KVCacheAwareRouter(MultiplexMixin, RequestRouter):
     def update_replicas(self, replicas: list[RunningReplica]) -> None:
         super().update_replicas(replicas)
         self._running = {PodId(replica.replica_id.unique_id): replica for replica in replicas}
+        self.room = {name: replica.max_ongoing_requests for name, replica in self._running.items()}
         self.decider.keep_only(list(self._running))
 
     def running(self) -> dict[PodId, RunningReplica]:

@@ -91,12 +91,14 @@ class Chooser:
             session: what the client calls its session; used when there is nothing better.
             model: that the request names: the base, or a LoRA adapter.
         """
+        if not self.adapters.knows(model):
+            return self._choose(pods, found, now_s, why, session, _NOBODY)
         lacks = self.adapters.cost_s(model, pods, now_s)
-        choice = self._choose(pods, found, now_s, why, session, lacks)
-        if choice.costs or not lacks:
-            return replace(choice, adapter=model) if self.adapters.knows(model) else choice
+        choice = replace(self._choose(pods, found, now_s, why, session, lacks), adapter=model)
+        if choice.costs:
+            return choice
         # What does not rest on costs: the same order, of those first that have it, or can get it.
-        return replace(choice, ranked=sorted(choice.ranked, key=lambda pod: lacks.get(pod, 0.0)), adapter=model)
+        return replace(choice, ranked=sorted(choice.ranked, key=lambda pod: lacks.get(pod, 0.0)))
 
     def _choose(
         self,
