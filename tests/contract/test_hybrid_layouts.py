@@ -32,6 +32,8 @@ LAYOUTS: dict[str, list[KVCacheSpec]] = {
     "two windows and full": [sliding(32), sliding(160), full()],
     "full of larger blocks": [sliding(64), full(32)],
     "sliding of larger blocks": [sliding(128, 32), full()],
+    "a window of no whole blocks": [sliding(37), full()],
+    "chunked local, sliding and full": [chunked(48), sliding(96), full()],
 }
 
 
