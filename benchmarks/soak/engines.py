@@ -10,12 +10,15 @@ What an engine holds is asked of its pool, not of the events that it has sent.
 from __future__ import annotations
 
 import gc
+import itertools
+import math
 import os
 import random
 import sys
 import time
 from array import array
 from collections import deque
+from collections.abc import Iterator
 from typing import Any, Final
 
 os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")  # before vllm is imported
@@ -180,7 +183,9 @@ class Engines:
         self._sent = 0  # events
         self._running = False
         self._credit = 0.0
-        self._at_s = self._probe_at_s = self._clear_at_s = 0.0
+        self._at_s = self._probe_at_s = 0.0
+        self._clears: Iterator[tuple[float, Engine]] = iter(())
+        self._clear_at_s, self._clear_next = math.inf, next(iter(self._engines.values()))
 
     def run(self) -> None:
         poller = zmq.Poller()
@@ -201,8 +206,9 @@ class Engines:
     def _answer(self, question: dict[str, Any]) -> Any:
         match question:
             case {"what": "run"}:
-                now = time.monotonic()
-                self._running, self._at_s, self._clear_at_s = True, now, now + self._config.clear_every_s
+                self._running, self._at_s = True, time.monotonic()
+                self._clears = self._clear_times(self._at_s)
+                self._clear_at_s, self._clear_next = next(self._clears)
             case {"what": "stop"}:
                 self._running = False
                 engines = self._engines.values()
@@ -218,6 +224,15 @@ class Engines:
                 self._engines[pod].paused = False
         return None
 
+    def _clear_times(self, start_s: float) -> Iterator[tuple[float, Engine]]:
+        """When whose prefix cache is reset: each once, and then one after another."""
+        first_s, last_s = self._config.clear_all_s
+        engines = list(self._engines.values())
+        for i, engine in enumerate(engines):
+            yield start_s + first_s + (last_s - first_s) * i / len(engines), engine
+        for i, engine in enumerate(itertools.cycle(engines), 1):
+            yield start_s + last_s + i * self._config.clear_every_s, engine
+
     def _work(self, now_s: float) -> None:
         rate = self._config.events_per_s
         self._credit = min(self._credit + rate * (now_s - self._at_s), rate * _DEBT_MAX_S)
@@ -229,9 +244,9 @@ class Engines:
         if engine.paused:
             return
         before_s = time.monotonic()
-        if now_s >= self._clear_at_s:
-            self._clear_at_s = now_s + self._config.clear_every_s
-            self._sent += engine.clear()
+        if now_s >= self._clear_at_s and not self._clear_next.paused:
+            self._sent += self._clear_next.clear()
+            self._clear_at_s, self._clear_next = next(self._clears)
             return
         count, stored = engine.serve()
         self._sent += count

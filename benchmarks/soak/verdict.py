@@ -15,6 +15,9 @@ Series = Sequence[tuple[float, float]]
 
 RSS_SLOPE_MAX: Final = 1.0  # MB in ten minutes
 TEN_MINUTES_S: Final = 600.0
+# Whose memory this project answers for. vLLM's engines and what stands in for them here are measured and shown.
+OURS: Final = frozenset({"publisher", "kvcache publish", "mirror", "valkey"})
+_RSS_CLAIM: Final = f"RSS of every publisher, mirror and Valkey grows by less than {RSS_SLOPE_MAX:g} MB in 10 minutes"
 JUDGED_MIN_S: Final = 600.0  # a slope over less is noise
 _FIFTH: Final = 5
 
@@ -86,10 +89,10 @@ def verdict(
         truth: `compared` and `wrong` answers of the mirror, beside what the engines hold.
     """
     long_enough = judged_s >= JUDGED_MIN_S
-    slopes = all(one["rss_mb_per_10_min"] < RSS_SLOPE_MAX for one in processes.values())
+    slopes = all(one["rss_mb_per_10_min"] < RSS_SLOPE_MAX for one in processes.values() if one["kind"] in OURS)
     fds = all(one["fds_growth"] <= 0 for one in processes.values())
     return {
-        f"RSS of every process grows by less than {RSS_SLOPE_MAX:g} MB in 10 minutes": slopes if long_enough else None,
+        _RSS_CLAIM: slopes if long_enough else None,
         "file descriptors of every process are flat": fds if long_enough else None,
         "Redis is bounded": redis["used_mb_max"] < redis["limit_mb"]
         and not redis["evicted_keys"]

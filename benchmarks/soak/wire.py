@@ -25,6 +25,7 @@ class EnginesConfig(msgspec.Struct, frozen=True):
     pods: list[str]
     events_per_s: float  # of all pods together
     clear_every_s: float  # the prefix cache of one of them is reset
+    clear_all_s: tuple[float, float]  # from, until: each is reset once, so that caps are full
 
 
 class FollowerConfig(msgspec.Struct, frozen=True):

@@ -12,8 +12,10 @@ REDIS = {"used_mb_max": 100.0, "limit_mb": 256.0, "evicted_keys": 0, "log_max": 
 TRUTH = {"compared": 5, "wrong": 0}
 
 
-def claims(mb_per_10_min: float = 0.0, judged_s: float = 3000.0, **changed: Any) -> list[bool | None]:
-    samples = ProcessSamples("publisher")
+def claims(
+    mb_per_10_min: float = 0.0, judged_s: float = 3000.0, kind: str = "publisher", **changed: Any
+) -> list[bool | None]:
+    samples = ProcessSamples(kind)
     samples.rss_mb = [(float(at), 40 + at * mb_per_10_min / 600) for at in range(3600)]
     samples.fds = [(float(at), 12.0) for at in range(3600)]
     given: dict[str, Any] = {
@@ -67,6 +69,7 @@ def test_all_is_well() -> None:
 def test_a_leak_a_short_run_and_an_early_end() -> None:
     assert claims(mb_per_10_min=1.1)[0] is False
     assert claims(mb_per_10_min=0.9)[0] is True
+    assert claims(mb_per_10_min=99, kind="vLLM")[0] is True, "an engine's own memory is shown, not judged"
     assert claims(mb_per_10_min=9.9, judged_s=599)[:2] == [None, None]
     assert claims(died=["mirror"])[4] is False
 
