@@ -13,12 +13,13 @@ from typing import Any
 from ray.serve.handle import DeploymentHandle
 
 from serve_app.config import GraphArgs
-from serve_app.deployments.metrics import IndexMetrics
+from serve_app.deployments.ray_host import RayInstruments
 from serve_app.errors import PromptError, StoreError
 from serve_app.index.connection import connect
 from serve_app.index.keyspace import Keyspace
 from serve_app.index.mirror import Mirror
 from serve_app.index.router_log import read_receipts
+from serve_app.metrics import IndexMetrics
 from serve_app.once import Once
 from serve_app.prompts.prefix_store import PrefixStore as Store
 from serve_app.prompts.service import PromptService
@@ -74,7 +75,7 @@ class BlockIndex:
         self._model = ModelId(args.model)
         self._desk = Desk(self._mirror, Chooser(self._mirror.held, weights=args.cost.weights()))
         self._redis = connect(redis_url, name="kvcache-receipts", slot_of=Keyspace(self._model).receipts)
-        self._metrics = IndexMetrics(self._mirror, args.model)
+        self._metrics = IndexMetrics(self._mirror, RayInstruments(args.model))
 
     async def spec(self) -> EngineSpec | None:
         return self._mirror.spec()

@@ -33,8 +33,8 @@ from starlette.responses import PlainTextResponse, Response
 from starlette.routing import Route
 from starlette.types import ASGIApp, Receive, Scope, Send
 
+from serve_app.decider import Asked, Decision
 from serve_app.deployments import rank_header, routed
-from serve_app.deployments.decider import Asked, Decision
 from serve_app.deployments.request_router import KVCacheAwareRouter
 from serve_app.errors import IndexUnavailable
 from serve_app.prompts.forms import GENERATION_PATHS

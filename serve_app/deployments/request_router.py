@@ -2,7 +2,7 @@
 
 It does so in the process that routes: LLMRouter with direct streaming, otherwise the OpenAI ingress. Beside our own
 ingress request router (`ingress_router.py`) it is only told which replicas there are. What is decided, and how, is in
-`decider.py`.
+`serve_app/decider.py`.
 """
 
 import logging
@@ -17,8 +17,9 @@ from ray.serve._private.request_router.request_router import MultiplexMixin
 from ray.serve.request_router import RequestRouter
 
 from serve_app.config import RouterSettings
+from serve_app.decider import Asked, Decider
 from serve_app.deployments import rank_header, routed
-from serve_app.deployments.decider import Asked, Decider
+from serve_app.deployments.ray_host import RayHost
 from serve_app.types import PodId
 
 logger = logging.getLogger("ray.serve")
@@ -32,7 +33,8 @@ class KVCacheAwareRouter(MultiplexMixin, RequestRouter):
     """
 
     def initialize_state(self, **settings: Any) -> None:
-        self.decider = Decider(RouterSettings(**settings), self._event_loop)
+        router = RouterSettings(**settings)
+        self.decider = Decider(router, self._event_loop, RayHost(router))
         self._told_of_ranks = False
         self._running: dict[PodId, RunningReplica] = {}
         self.room: dict[PodId, int] = {}  # requests that each of them may have at once

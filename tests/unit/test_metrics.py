@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from serve_app.deployments.metrics import NAMED_MAX, Named, RouterMetrics
+from serve_app.deployments.ray_host import RayInstruments
+from serve_app.metrics import NAMED_MAX, Named, RouterMetrics
 from serve_app.routing.receipts import Actual, Receipt
 
 
@@ -15,7 +16,7 @@ def test_so_many_replicas_are_named_and_the_rest_are_one() -> None:
 
 
 def test_cached_tokens_of_a_large_fleet_add_up() -> None:
-    metrics = RouterMetrics("m")
+    metrics = RouterMetrics(RayInstruments("m"))
     for i in range(200):
         metrics.served(
             Receipt("id", 0.0, "r", "hit", "prefix", f"p{i}", 0.0, 100, 64, actual=Actual(100, 60, 0.0, 0.1))

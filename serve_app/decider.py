@@ -3,9 +3,10 @@
     decide(replicas, what was asked)  ->  replicas, best first; where they have data parallel ranks, which rank of each
     taken(...)                        ->  who has taken the request in the end, if somebody tells
 
-It knows nothing of how requests come in: that is up to the shells around it, `request_router.py` (Serve asks) and
-`ingress_router.py` (HAProxy asks). A decision never raises and never waits long: whatever is missing, the request goes
-to the least-loaded replica, and the decision is counted under the reason.
+It knows nothing of how requests come in. That is up to the shells around it: `deployments/request_router.py` (Serve
+asks), `deployments/ingress_router.py` (HAProxy asks), and `service/` (whoever Ray does not manage asks). A decision
+never raises and never waits long: whatever is missing, the request goes to the least-loaded replica, and the decision
+is counted under the reason.
 """
 
 import asyncio
@@ -14,22 +15,20 @@ import logging
 import time
 import uuid
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import msgspec
 from cachetools import LRUCache
 
 from serve_app.accounting import reads_cache
 from serve_app.config import MATCHED_HEADER, REASON_HEADER, RouterSettings
-from serve_app.deployments.embedded_redis import resolve_redis_url
-from serve_app.deployments.metrics import IndexMetrics, RouterMetrics
-from serve_app.deployments.stages import RemoteIndex, RemotePrompts, graph_handle, remote_tokenize
 from serve_app.errors import IndexUnavailable, PromptError
 from serve_app.index.mirror import Mirror
 from serve_app.index.router_log import RouterLog
 from serve_app.indexer import Indexer, IndexStage, LocalIndex, PromptStage
 from serve_app.limits import check_prompts
 from serve_app.loop_watch import LoopWatch
+from serve_app.metrics import IndexMetrics, Instruments, RouterMetrics
 from serve_app.prompts.prefix_store import PrefixStore
 from serve_app.prompts.service import PromptService, Tokenize
 from serve_app.routing.choice import Choice, Outcome, Policy
@@ -39,8 +38,6 @@ from serve_app.routing.ranks import Ranks
 from serve_app.routing.receipts import last_expected, receipt
 from serve_app.supervision import Backoff, ErrorLog, LoopGuard
 from serve_app.types import BlockKeys, Found, ModelId, PodId, Tier, request_tag, short_id
-
-logger = logging.getLogger("ray.serve")
 
 _CATCH_UP_S = 0.25  # without a decision; with each it is done anyway
 _REMEMBERED_DECISIONS = 1024  # until somebody says who took the request; with direct streaming nobody does
@@ -75,20 +72,46 @@ class _Booked(NamedTuple):
     choice: Choice
 
 
+class Host(Protocol):
+    """What the process has that the decider is in. Asked when the decider starts, not before."""
+
+    @property
+    def logger(self) -> logging.Logger: ...
+
+    def redis_url(self) -> str: ...
+
+    def instruments(self) -> Instruments: ...
+
+    def stages(self, mirror: Mirror) -> tuple[PromptStage, IndexStage]:
+        """Of the read path; see `local_stages`."""
+        ...
+
+
+def local_stages(
+    settings: RouterSettings, mirror: Mirror, tokenize: Tokenize | None = None
+) -> tuple[PromptService, LocalIndex]:
+    """Both in this process; args as of PromptService."""
+    store = PrefixStore(settings.prefix_store_bytes)
+    return PromptService(store, tokenize, settings.tokenize_deadline_s), LocalIndex(mirror)
+
+
 class Decider:
     """Args:
-    settings: of the deployment's router.
+    settings: of the model's router.
     loop: that it is used on.
     """
 
-    def __init__(self, settings: RouterSettings, loop: asyncio.AbstractEventLoop) -> None:
+    def __init__(self, settings: RouterSettings, loop: asyncio.AbstractEventLoop, host: Host) -> None:
         self._loop = loop
+        self._host = host
         self.settings = settings
         self.id = uuid.uuid4().hex[:12]
         self.chooser = Chooser(self._held, settings.policy, settings.strategy, settings.cost.weights())
         self.ranks = Ranks()
         self._records_as_of = -1  # joins and loads that the mirror had seen
-        self._failures = ErrorLog("kvcache: a request could not be scored; it goes to the least-loaded replica", logger)
+        self._failures = ErrorLog(
+            "kvcache: a request could not be scored; it goes to the least-loaded replica", host.logger
+        )
         self._booked: LRUCache[str, _Booked] = LRUCache(_REMEMBERED_DECISIONS)  # by `Asked.key`
         self._started = False
         self._indexer: Indexer | None = None
@@ -102,7 +125,7 @@ class Decider:
     def start(self) -> None:
         """Follow the index. What fails here is tried again with the next request."""
         if self._metrics is None:  # it has a thread of its own: one is enough, however often this is tried
-            self._metrics = RouterMetrics(self.settings.model)
+            self._metrics = RouterMetrics(self._host.instruments())
         if self.settings.policy is not Policy.ROUND_ROBIN:
             self._follow_index()
         self._started = True
@@ -177,26 +200,16 @@ class Decider:
 
     def _follow_index(self) -> None:
         settings = self.settings
-        redis_url, model = resolve_redis_url(settings.redis_url), ModelId(settings.model)
+        redis_url, model = self._host.redis_url(), ModelId(settings.model)
         tiers = [Tier(tier) for tier in settings.tier_order]
         self.mirror = Mirror(redis_url, model, max_blocks=settings.max_blocks, tier_order=tiers, bury=True)
         self.mirror.start()
-        self._index_metrics = IndexMetrics(self.mirror, settings.model)
+        self._index_metrics = IndexMetrics(self.mirror, self._host.instruments())
         self._desk = Desk(self.mirror, self.chooser, self.id)
         self._log = RouterLog(redis_url, model, self.id)
         self._log.start()
         self._background.add(self._loop.create_task(self._catch_up_when_idle()))
-        tokenize: Tokenize | None = None
-        if settings.tokenization == "deployment":
-            tokenize = remote_tokenize(graph_handle("Tokenizer", settings.graph_app))
-        prompts: PromptStage = PromptService(
-            PrefixStore(settings.prefix_store_bytes), tokenize, settings.tokenize_deadline_s
-        )
-        index: IndexStage = LocalIndex(self.mirror)
-        if settings.prefix_lookup == "deployment":
-            prompts = RemotePrompts(graph_handle("PrefixStore", settings.graph_app))
-        if settings.index_query == "deployment":
-            index = RemoteIndex(graph_handle("BlockIndex", settings.graph_app))
+        prompts, index = self._host.stages(self.mirror)
         self._indexer = Indexer(prompts, index, settings.strategy)
         if isinstance(prompts, PromptService) and settings.policy is Policy.KV_AWARE:
             self._loading = self._loop.create_task(self._load_tokenizer(self.mirror, prompts))
@@ -319,8 +332,8 @@ class Decider:
 
     async def _catch_up_when_idle(self) -> None:
         assert self._metrics is not None
-        self._metrics.watch(LoopWatch(logger))
-        guard = LoopGuard("kvcache: the router could not take in what is new", Backoff(_CATCH_UP_S), logger)
+        self._metrics.watch(LoopWatch(self._host.logger))
+        guard = LoopGuard("kvcache: the router could not take in what is new", Backoff(_CATCH_UP_S), self._host.logger)
         wait_s = _CATCH_UP_S
         while True:
             await asyncio.sleep(wait_s)
