@@ -300,6 +300,38 @@ def _stop_signal() -> threading.Event:
 
 
 @app.command()
+def serve_scores(
+    config: Annotated[Path | None, typer.Option("--config", "-c", help="YAML as configs/score.yaml.")] = None,
+    embedded: Annotated[
+        bool, typer.Option("--embedded", help="With a Valkey of its own, for engines on this machine.")
+    ] = False,
+    model: Annotated[
+        list[str] | None, typer.Option(help="Without --config: name of a model that clients send. Repeatable.")
+    ] = None,
+    http: Annotated[str, typer.Option(help="Instead of the config's, or 127.0.0.1:8100.")] = "",
+    grpc: Annotated[str, typer.Option(help="Instead of the config's, or 127.0.0.1:8101.")] = "",
+    redis: Annotated[str, typer.Option(help="Instead of the config's.", envvar="KVCACHE_REDIS_URL")] = "",
+    workers: Annotated[int, typer.Option(min=0, help="Processes; 0: as the config says, or 1.")] = 0,
+) -> None:
+    """Serve scores and choices over HTTP and gRPC, without Ray. SIGTERM ends it gently, SIGHUP reads the config again."""
+    from serve_app.service.config import ServiceConfig, parse_config, read_mapping
+    from serve_app.service.workers import serve
+
+    if config is None and not model:
+        raise ConfigError("give --config FILE (see configs/score.yaml), or --model NAME with --embedded or --redis URL")
+
+    def read() -> ServiceConfig:
+        given = read_mapping(config) if config else {}
+        given |= {"models": [{"model": name} for name in model]} if model else {}
+        given |= {"redis_url": "embedded"} if embedded else {"redis_url": redis} if redis else {}
+        given |= {key: value for key, value in (("http", http), ("grpc", grpc), ("workers", workers)) if value}
+        return parse_config(given, str(config) if config else "the options")
+
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s")
+    serve(read)
+
+
+@app.command()
 def score(
     url: Annotated[str, typer.Option(help="Score endpoint.")] = "http://127.0.0.1:8000/kvcache/v1/score",
 ) -> None:

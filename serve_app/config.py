@@ -138,13 +138,24 @@ class LMCacheSettings(_Settings):
             )
 
 
-class RouterSettings(IndexSettings):
-    """`request_router_kwargs` of `KVCacheAwareRouter`. The replica's publisher reads them too."""
+class DecisionSettings(IndexSettings):
+    """How one model's requests are decided."""
 
     policy: Annotated[Policy, Field(description="kv_aware, or a baseline to compare with.")] = Policy.KV_AWARE
     strategy: Annotated[Strategy, Field(description="How kv_aware weighs what the replicas hold.")] = (
         Strategy.EXPECTED_TTFT
     )
+    tokenize_deadline_s: Annotated[
+        float, Field(gt=0, description="After this the known prefix decides; the tokens arrive for the next request.")
+    ] = 0.05
+    decision_deadline_s: Annotated[
+        float, Field(gt=0, description="After this a request goes to the least-loaded replica.")
+    ] = 0.5
+
+
+class RouterSettings(DecisionSettings):
+    """`request_router_kwargs` of `KVCacheAwareRouter`. The replica's publisher reads them too."""
+
     prefix_lookup: Annotated[
         Literal["local", "deployment"], Field(description="Prompt -> block keys in the router, or in PrefixStore.")
     ] = "local"
@@ -152,16 +163,10 @@ class RouterSettings(IndexSettings):
         Literal["local", "deployment"],
         Field(description="Where `prefix_lookup: local` has long cold text tokenized: threads, or Tokenizer."),
     ] = "local"
-    tokenize_deadline_s: Annotated[
-        float, Field(gt=0, description="After this the known prefix decides; the tokens arrive for the next request.")
-    ] = 0.05
     index_query: Annotated[
         Literal["local", "deployment"], Field(description="Keys -> matches from the router's mirror, or BlockIndex.")
     ] = "local"
     graph_app: Annotated[str, Field(description="Serve application that has the graph's deployments.")] = "kvcache"
-    decision_deadline_s: Annotated[
-        float, Field(gt=0, description="After this a request goes to the least-loaded replica.")
-    ] = 0.5
     explain: Annotated[
         bool,
         Field(description="Answers say what the choice rested on, in x-kvcache-matched (tokens) and x-kvcache-reason."),

@@ -21,7 +21,7 @@ import msgspec
 from cachetools import LRUCache
 
 from serve_app.accounting import reads_cache
-from serve_app.config import MATCHED_HEADER, REASON_HEADER, RouterSettings
+from serve_app.config import MATCHED_HEADER, REASON_HEADER, DecisionSettings
 from serve_app.errors import IndexUnavailable, PromptError
 from serve_app.index.mirror import Mirror
 from serve_app.index.router_log import RouterLog
@@ -31,13 +31,13 @@ from serve_app.loop_watch import LoopWatch
 from serve_app.metrics import IndexMetrics, Instruments, RouterMetrics
 from serve_app.prompts.prefix_store import PrefixStore
 from serve_app.prompts.service import PromptService, Tokenize
-from serve_app.routing.choice import Choice, Outcome, Policy
+from serve_app.routing.choice import Choice, Cost, Outcome, Policy
 from serve_app.routing.chooser import Chooser, Sent
 from serve_app.routing.desk import Desk
 from serve_app.routing.ranks import Ranks
 from serve_app.routing.receipts import last_expected, receipt
 from serve_app.supervision import Backoff, ErrorLog, LoopGuard
-from serve_app.types import BlockKeys, Found, ModelId, PodId, Tier, request_tag, short_id
+from serve_app.types import BlockKeys, Found, ModelId, PodId, Progress, Served, Tier, request_tag, short_id
 
 _CATCH_UP_S = 0.25  # without a decision; with each it is done anyway
 _REMEMBERED_DECISIONS = 1024  # until somebody says who took the request; with direct streaming nobody does
@@ -51,6 +51,8 @@ class Asked(NamedTuple):
     session: str = ""
     body: Mapping[str, Any] | None = None  # parsed; None: there is none that can be read
     why_no_body: str = "no_body"  # reason of the decision then
+    lease_s: float = 0.0  # so long it counts, unless who asks says that it has ended; 0: the replica will say that
+    books: bool = True  # False: it is not sent there by this decision
 
 
 class Decision(NamedTuple):
@@ -88,7 +90,7 @@ class Host(Protocol):
 
 
 def local_stages(
-    settings: RouterSettings, mirror: Mirror, tokenize: Tokenize | None = None
+    settings: DecisionSettings, mirror: Mirror, tokenize: Tokenize | None = None
 ) -> tuple[PromptService, LocalIndex]:
     """Both in this process; args as of PromptService."""
     store = PrefixStore(settings.prefix_store_bytes)
@@ -101,7 +103,7 @@ class Decider:
     loop: that it is used on.
     """
 
-    def __init__(self, settings: RouterSettings, loop: asyncio.AbstractEventLoop, host: Host) -> None:
+    def __init__(self, settings: DecisionSettings, loop: asyncio.AbstractEventLoop, host: Host) -> None:
         self._loop = loop
         self._host = host
         self.settings = settings
@@ -160,6 +162,50 @@ class Decider:
             self._failures.failed(error)
             choice, found = self._least_loaded(self._pods(room)), None
         return Decision(self.ranks.best(choice.ranked), choice, found)
+
+    def indexer(self) -> Indexer:
+        """Raises:
+        IndexUnavailable: it follows no index.
+        """
+        if self._indexer is None:
+            raise IndexUnavailable(f"policy {self.settings.policy} asks no index")
+        return self._indexer
+
+    def followed(self) -> Mirror:
+        """The index that it follows; raises as `indexer`."""
+        self.indexer()
+        assert self.mirror is not None
+        return self.mirror
+
+    def tokenizer_is_there(self) -> bool:
+        return self._loading is None or self._loading.done()
+
+    def costs(self, found: Found) -> Mapping[PodId, Cost]:
+        """What a request would cost now at each pod that was looked up."""
+        pods = list(found.matches[0]) if found.matches else []
+        self._catch_up(pods)
+        return self.chooser.expected(pods, found, time.monotonic())
+
+    def consider(self, found: Found) -> tuple[Choice, Mapping[PodId, int]]:
+        """What would be chosen now of the pods that were looked up, and the requests at each. Nothing is booked."""
+        pods = sorted(found.matches[0]) if found.matches else []
+        self._catch_up(pods)
+        now_s = time.monotonic()
+        choice = self.chooser.choose(pods, found, now_s, why=found.incomplete)
+        return choice, choice.loads or self.chooser.in_flight.counts(pods, now_s)
+
+    def told(self, request_id: str, pod: PodId, served: Served | None = None, *, ended: bool) -> None:
+        """Who asked for a decision with a lease says what has become of it: its first token is there, or it has ended.
+
+        Args:
+            served: the engine's own figures, if they are known.
+        """
+        tag = request_tag(request_id)
+        self.chooser.progress(pod, Progress(prefilled=tag, ended=tag if ended else b""))
+        if served is not None and self._desk is not None and self._log is not None and self._metrics is not None:
+            for complete in self._desk.answered(pod, served):
+                self._log.receipt(msgspec.json.encode(complete))
+                self._metrics.served(complete)
 
     def least_loaded(self, replicas: Iterable[PodId]) -> PodId:
         """Who gets what makes no tokens: it is nobody's load."""
@@ -227,7 +273,7 @@ class Decider:
         model = self._adapter(asked)
         choice = self.chooser.choose(pods, found, now_s, why=why, session=session, model=model)
         choice = choice.with_last(self._full(room, choice.loads or self.chooser.in_flight.counts(pods, now_s)))
-        if choice.ranked:
+        if choice.ranked and (asked is None or asked.books):
             self._book(choice, found, asked, now_s, time.perf_counter() - start_s)
         return choice, found
 
@@ -271,6 +317,8 @@ class Decider:
             self.chooser.withdraw(before.sent)
         tag = request_tag(asked.request_id) if asked is not None else b""
         sent = self.chooser.sent(pod, found, choice, now_s, tag)
+        if asked is not None and asked.lease_s:
+            self.chooser.in_flight.lease(pod, tag, now_s + asked.lease_s)
         if before is None:
             self._metrics.decided(choice.outcome, choice.reason, decision_s)
             if found is not None:

@@ -30,7 +30,9 @@ class Strategy(StrEnum):
 TIER_WEIGHTS: Mapping[Tier, float] = MappingProxyType({GPU: 1.0, CPU: 0.8, LMCACHE: 0.75, Tier("storage"): 0.5})
 UNKNOWN_TIER_WEIGHT = 0.5
 
-TRUST_WEIGHTS: Mapping[Trust, float] = MappingProxyType({Trust.EXACT: 1.0, Trust.DEGRADED: 0.9, Trust.STALE: 0.8})
+TRUST_WEIGHTS: Mapping[Trust, float] = MappingProxyType(
+    {Trust.EXACT: 1.0, Trust.DEGRADED: 0.9, Trust.STALE: 0.8, Trust.UNKNOWN: 0.8}
+)
 """What a matched token is worth, by the trust in its pod. A bounded part of a degraded pod is in doubt, so it loses
 only against equals; of a stale one any block may have gone unheard, for a second or two: then its lease ends.
 """

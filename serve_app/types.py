@@ -51,7 +51,8 @@ class Trust(StrEnum):
 
     EXACT = "exact"  # every event of the engine has been applied, and everything was heard in time
     DEGRADED = "degraded"  # events were lost and not yet made up for: it may hold more, or a little less
-    STALE = "stale"  # not heard of in time, or not there: it may hold less, or more
+    STALE = "stale"  # not heard of in time, or not there any more: it may hold less, or more
+    UNKNOWN = "unknown"  # no publisher has ever told of it: nothing is known
 
 
 ID_MAX_CHARS = 128

@@ -7,7 +7,6 @@ Scorer -> PrefixStore -> Tokenizer
 import asyncio
 import time
 from collections.abc import Sequence
-from dataclasses import asdict
 from typing import Any
 
 from ray.serve.handle import DeploymentHandle
@@ -16,6 +15,7 @@ from serve_app.config import GraphArgs
 from serve_app.deployments.ray_host import RayInstruments
 from serve_app.errors import PromptError, StoreError
 from serve_app.index.connection import connect
+from serve_app.index.description import ages_s, describe
 from serve_app.index.keyspace import Keyspace
 from serve_app.index.mirror import Mirror
 from serve_app.index.router_log import read_receipts
@@ -101,52 +101,10 @@ class BlockIndex:
 
     async def describe(self) -> dict[str, Any]:
         """The index as people want to see it."""
-        return {
-            "stale_for_s": round(self._mirror.stale_for_s(), 3),
-            "blocks": dict(self._mirror.block_counts()),
-            "left_out": [
-                {"sender": sender, "reason": reason, "count": count}
-                for (sender, reason), count in self._mirror.left_out().items()
-            ],
-            "shared": [
-                {
-                    "domain": domain.id,
-                    "live": live,
-                    "epoch": domain.epoch,
-                    "address": domain.address,
-                    "chunk_size": domain.chunk_size,
-                    "blocks": heartbeat.blocks if heartbeat else None,
-                    "events_applied": heartbeat.events_applied if heartbeat else None,
-                    "events_skipped": heartbeat.events_skipped if heartbeat else None,
-                    "events_lost": heartbeat.events_lost if heartbeat else None,
-                }
-                for domain, live, heartbeat in self._mirror.domains()
-                if domain.pod is None
-            ],
-            "pods": [
-                {
-                    "pod": domain.pod,
-                    "live": live,
-                    "trust": self._mirror.trust(domain.pod) if domain.pod else None,
-                    "epoch": domain.epoch,
-                    "address": domain.address,
-                    "replica": domain.replica or domain.pod,
-                    "rank": domain.rank,
-                    "capacity": domain.capacity or None,
-                    "cause": self._mirror.cause(domain.id) or domain.doubt,
-                    "block_size": domain.spec.block_size,
-                    "groups": [asdict(group) for group in domain.layout.groups] if domain.layout else [],
-                    "unindexed": dict(domain.unindexed),
-                    "blocks": heartbeat.blocks if heartbeat else None,
-                    "in_flight": heartbeat.in_flight if heartbeat else None,
-                    "events_applied": heartbeat.events_applied if heartbeat else None,
-                    "events_skipped": heartbeat.events_skipped if heartbeat else None,
-                    "events_lost": heartbeat.events_lost if heartbeat else None,
-                }
-                for domain, live, heartbeat in self._mirror.domains()
-                if domain.pod is not None
-            ],
-        }
+        return describe(self._mirror)
+
+    async def ages_s(self) -> dict[str, float]:
+        return ages_s(self._mirror)
 
     def check_health(self) -> None:
         """Only what a restart can mend: it brings no Redis back, and would lose the index that serves on meanwhile."""

@@ -191,7 +191,7 @@ def _request_headers(router: KVCacheAwareRouter, decision: Decision, best: PodId
         headers[rank_header.ENGINE_HEADER] = str(rank)
     if adapter := _adapter(asked.body):
         headers[SERVE_MULTIPLEXED_MODEL_ID] = adapter
-    if router.decider.settings.explain:
+    if router.explains:
         headers |= decision.explained(best)
     return headers
 

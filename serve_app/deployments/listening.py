@@ -1,9 +1,9 @@
 """Where Serve's HTTP proxy listens: only there is it known who can reach an endpoint."""
 
-import ipaddress
-
 import ray
 from ray.serve.context import _get_global_client
+
+from serve_app.ports import is_loopback
 
 
 def reachable_host() -> str:
@@ -13,11 +13,3 @@ def reachable_host() -> str:
     client = _get_global_client()
     host = "" if client is None else str(client.http_config.host or "")
     return "" if is_loopback(host) else host
-
-
-def is_loopback(host: str) -> bool:
-    """A name other than localhost counts as reachable: what it means can change."""
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return host in ("", "localhost")

@@ -34,6 +34,7 @@ class KVCacheAwareRouter(MultiplexMixin, RequestRouter):
 
     def initialize_state(self, **settings: Any) -> None:
         router = RouterSettings(**settings)
+        self.explains = router.explain
         self.decider = Decider(router, self._event_loop, RayHost(router))
         self._told_of_ranks = False
         self._running: dict[PodId, RunningReplica] = {}
@@ -54,7 +55,7 @@ class KVCacheAwareRouter(MultiplexMixin, RequestRouter):
         room = {name: replica.max_ongoing_requests for name, replica in replicas.items()}
         decision = await self.decider.decide(room, _asked(pending_request))
         self._name_ranks(decision.best, pending_request)
-        if self.decider.settings.explain and pending_request is not None and decision.best:
+        if self.explains and pending_request is not None and decision.best:
             routed.explain(pending_request.metadata.request_id, decision.explained(next(iter(decision.best))))
         return [[replicas[replica]] for replica in decision.best]
 

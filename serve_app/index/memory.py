@@ -56,6 +56,7 @@ _WORD_BITS = 64
 _WORD = (1 << _WORD_BITS) - 1
 TIERS_MAX = 64  # names come from publishers; of a hybrid engine, each KV cache group has one
 _NO_MATCH = PodMatch()
+_UNKNOWN = PodMatch(trust=Trust.UNKNOWN)
 
 
 @dataclass(slots=True)
@@ -254,6 +255,8 @@ class MemoryIndex:
             found, wanted = dict.fromkeys(pods, _NO_MATCH), 0
             for pod in found:
                 wanted |= live.bit_of.get(pod, 0)
+                if pod not in live.trust_of:
+                    found[pod] = _UNKNOWN
         wanted &= ~live.unlike
         if not wanted:
             return found
@@ -338,7 +341,7 @@ class MemoryIndex:
         return self._live.distrusted
 
     def trust(self, pod: PodId) -> Trust:
-        return self._live.trust_of.get(pod, Trust.STALE)
+        return self._live.trust_of.get(pod, Trust.UNKNOWN)
 
     def cause(self, domain: DomainId) -> str:
         """Why routers do not believe what is known of it; empty: they do."""

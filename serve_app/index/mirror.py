@@ -223,7 +223,7 @@ class Mirror:
         return self._index.pods()
 
     def trust(self, pod: PodId) -> Trust:
-        """How far a match of this pod can be relied on. An unknown pod is stale."""
+        """How far a match of this pod can be relied on."""
         return Trust.STALE if self._is_late() else self._index.trust(pod)
 
     def cause(self, domain: DomainId) -> str:

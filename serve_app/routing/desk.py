@@ -62,8 +62,15 @@ class Desk:
         return complete
 
     def _served(self, pod: PodId, served: Sequence[Served]) -> list[Receipt]:
-        """The receipts of these requests."""
         self.chooser.served(pod, served)
+        return self._close(pod, served)
+
+    def answered(self, pod: PodId, served: Served) -> list[Receipt]:
+        """A request's receipt, by who saw its answer pass. Its times are no engine's, and teach nothing."""
+        return self._close(pod, [served])
+
+    def _close(self, pod: PodId, served: Sequence[Served]) -> list[Receipt]:
+        """The receipts of these requests."""
         spec, complete = self._mirror.spec(), []
         for done, expected in filter(None, (self.receipts.close(pod, one) for one in served)):
             complete.append(done)

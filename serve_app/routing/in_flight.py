@@ -8,6 +8,8 @@ A pod that reports nothing is not idle. It is taken to need as long for a reques
 
     a, b   report 6 and 10 in flight, and were sent 40 and 60 requests in the last 30 s     16 for 100 requests
     c      reports nothing, and was sent 50                                                 8
+
+unless who sends says when each has ended (`lease`): then the count of those that have not is what is known.
 """
 
 from __future__ import annotations
@@ -34,6 +36,7 @@ class InFlight:
         self._early = Early()
         self._tells: set[PodId] = set()  # pods that say what becomes of each request
         self._reports: dict[PodId, PodLoad] = {}
+        self._leases: dict[PodId, dict[RequestTag, float]] = {}  # until when; their sender tells when they end
 
     def sent(self, pod: PodId, now_s: float, tag: RequestTag = b"") -> None:
         self._lately(pod, now_s)
@@ -42,14 +45,19 @@ class InFlight:
             self._not_lost(pod, now_s)
             self._on_the_way.setdefault(pod, {})[tag] = now_s
 
+    def lease(self, pod: PodId, tag: RequestTag, until_s: float) -> None:
+        """The request that was just sent there counts until its end is told, or until then."""
+        self._leases.setdefault(pod, {})[tag] = until_s
+
     def withdrawn(self, pod: PodId, tag: RequestTag = b"") -> None:
         """The last request that was sent there has not gone there after all."""
         if self._sent.get(pod):
             self._sent[pod].pop()
         self._on_the_way.get(pod, {}).pop(tag, None)
+        self._leases.get(pod, {}).pop(tag, None)
 
     def progress(self, pod: PodId, progress: Progress) -> None:
-        """What has become of requests there."""
+        """What has become of requests there, by the pod or by who has a lease."""
         accepted, _, ended = progress.tags()
         if accepted:
             self._tells.add(pod)
@@ -57,8 +65,10 @@ class InFlight:
         for tag in accepted:
             if on_the_way.pop(tag, None) is None:
                 self._early.told(pod, tag)
+        leases = self._leases.get(pod, {})
         for tag in ended:
             on_the_way.pop(tag, None)
+            leases.pop(tag, None)
 
     def reported(self, pod: PodId, report: PodLoad) -> bool:
         """Returns whether it is news."""
@@ -93,7 +103,9 @@ class InFlight:
             of_these = sum(counts.values())
             sent_to_these = sum(len(self._lately(pod, now_s)) for pod in reports)
             for pod in pods:
-                if pod not in reports:
+                if pod in self._leases and pod not in reports:
+                    counts[pod] = self._leased(pod, now_s)
+                elif pod not in reports:
                     sent = len(self._lately(pod, now_s))
                     counts[pod] = round(of_these * sent / sent_to_these) if sent_to_these else sent
         return counts
@@ -105,7 +117,7 @@ class InFlight:
     def keep_only(self, pods: Iterable[PodId]) -> None:
         keep = set(pods)
         known: Mapping[PodId, object]
-        for known in (self._sent, self._reports, self._on_the_way):
+        for known in (self._sent, self._reports, self._on_the_way, self._leases):
             for pod in known.keys() - keep:
                 del known[pod]
         self._tells &= keep
@@ -129,6 +141,12 @@ class InFlight:
                 break
             count += 1
         return count
+
+    def _leased(self, pod: PodId, now_s: float) -> int:
+        leases = self._leases[pod]
+        for tag in [tag for tag, until_s in leases.items() if until_s <= now_s]:
+            del leases[tag]
+        return len(leases)
 
     def _not_lost(self, pod: PodId, now_s: float) -> int:
         """How many are on the way there, and have not been for too long."""

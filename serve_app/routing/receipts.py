@@ -166,6 +166,8 @@ class Receipts:
 
 
 def _request_id(engine_id: str, known: Mapping[str, Open]) -> str:
-    """`chatcmpl-ID`, `cmpl-ID-0` -> ID."""
+    """`chatcmpl-ID`, `cmpl-ID-0`, and the ID itself -> ID."""
+    if engine_id in known:
+        return engine_id
     own = engine_id.partition("-")[2]
     return own if own in known else own.rpartition("-")[0]

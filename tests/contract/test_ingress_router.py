@@ -88,7 +88,7 @@ async def test_an_explanation_and_an_adapter_travel_in_headers(
     fleet.join_plain("a", holds=8)
     fleet.join_plain("b")
     await know(router, 2)
-    router.decider.settings = router.decider.settings.model_copy(update={"explain": True})
+    router.explains = True
     answer = await ask()
     assert answer == {"replica_id": A, "request_headers": {"x-kvcache-matched": "32", "x-kvcache-reason": "prefix"}}
     monkeypatch.setattr(routed, "base_model", MODEL)

@@ -1,0 +1,1 @@
+"""Generated: `make protos` writes the modules beside the .proto files."""

@@ -1,0 +1,148 @@
+"""What a ScoreService asks of each model. In this process it is a Decider; in Ray's graph, calls to its deployments."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Mapping, Sequence
+from collections.abc import Set as AbstractSet
+from typing import Any, Protocol
+
+import msgspec
+
+from serve_app.decider import Asked, Decider, Decision
+from serve_app.errors import IndexUnavailable, StoreError
+from serve_app.index.connection import connect
+from serve_app.index.description import ages_s, describe
+from serve_app.index.keyspace import Keyspace
+from serve_app.index.router_log import read_receipts
+from serve_app.indexer import Body
+from serve_app.routing.choice import Choice, Cost
+from serve_app.scoring import Strategy
+from serve_app.types import Domain, Found, ModelId, PodId
+
+STALE_MAX_S = 5.0
+_ANY_NUMBER = 1 << 30  # of requests at a time: nobody says how many such a replica takes
+
+
+class Backend(Protocol):
+    """One model's index."""
+
+    model: ModelId
+
+    def knows(self, name: str) -> bool:
+        """Whether requests for this model name go to it."""
+        ...
+
+    async def find(self, body: Body, pods: Sequence[PodId] | None, strategy: Strategy) -> Found:
+        """See Indexer.find."""
+        ...
+
+    async def costs(self, found: Found) -> Mapping[PodId, Cost]:
+        """What the request would cost at each pod that was looked up."""
+        ...
+
+    async def ages_s(self) -> Mapping[str, float]:
+        """Pod -> seconds since it reported last."""
+        ...
+
+    async def describe(self) -> dict[str, Any]: ...
+
+    async def receipts(self, count: int) -> list[dict[str, Any]]: ...
+
+
+class LocalBackend:
+    """On a Decider of this process. Used on its event loop."""
+
+    def __init__(self, decider: Decider, redis_url: str) -> None:
+        self.model = ModelId(decider.settings.model)
+        self.decider = decider
+        self._redis = connect(redis_url, name="kvcache-receipts", slot_of=Keyspace(self.model).receipts)
+        self._known: AbstractSet[PodId] = frozenset()  # replicas that the decider was told of
+
+    def knows(self, name: str) -> bool:
+        if name == self.model:
+            return True
+        mirror = self.decider.mirror
+        spec = mirror.spec() if mirror is not None else None
+        if mirror is None or spec is None:
+            return False
+        if name in spec.served_names:
+            return True
+        domains = [domain for domain, _, _ in mirror.domains()]
+        return any(
+            name in domain.adapters or (domain.adapter_slots and _is_adapter(name, domain)) for domain in domains
+        )
+
+    async def find(self, body: Body, pods: Sequence[PodId] | None, strategy: Strategy) -> Found:
+        return await self.decider.indexer().find(body, pods, strategy)
+
+    async def costs(self, found: Found) -> Mapping[PodId, Cost]:
+        return self.decider.costs(found)
+
+    async def ages_s(self) -> Mapping[str, float]:
+        return ages_s(self.decider.followed())
+
+    async def describe(self) -> dict[str, Any]:
+        return describe(self.decider.followed())
+
+    async def receipts(self, count: int) -> list[dict[str, Any]]:
+        try:
+            raw = await asyncio.to_thread(read_receipts, self._redis, self.model, count)
+        except StoreError:
+            return []
+        return [msgspec.json.decode(one, type=dict[str, Any]) for one in raw]
+
+    # -- choices --------------------------------------------------------------------------------------------------
+
+    async def choose(self, asked: Asked, wanted: Sequence[PodId] | None) -> Decision:
+        """Who is to get the request, booked.
+
+        Args:
+            wanted: replicas to choose from; None: all that are live.
+
+        Raises:
+            IndexUnavailable: no replica is live, and none was named.
+        """
+        replicas = self.replicas()
+        names = list(dict.fromkeys(wanted)) if wanted else list(replicas)
+        if not names:
+            raise IndexUnavailable("no replica of the model has registered in Redis yet, and none was named")
+        return await self.decider.decide(dict.fromkeys(names, _ANY_NUMBER), asked)
+
+    async def consider(self, found: Found) -> tuple[Choice, Mapping[PodId, int]]:
+        """What would be chosen now, and the requests at each pod. Nothing is booked."""
+        return self.decider.consider(found)
+
+    def replicas(self) -> Mapping[PodId, Domain]:
+        """Those that are live, each with its record, or that of its first rank."""
+        mirror = self.decider.followed()
+        live = {PodId(d.replica or d.pod): d for d, is_live, _ in mirror.domains() if d.pod is not None and is_live}
+        if live.keys() != self._known:
+            self._known = live.keys()
+            self.decider.keep_only(list(live))
+        return live
+
+    def ranks(self) -> Mapping[str, int]:
+        """Of pods that are a data parallel rank."""
+        domains = self.decider.followed().domains()
+        return {str(d.pod): d.rank for d, _, _ in domains if d.pod is not None and d.rank is not None}
+
+    def why_not_ready(self) -> str:
+        """Empty: scores can be asked for."""
+        mirror = self.decider.mirror
+        if mirror is None or not mirror.wait_ready(0.0):
+            return "the index is being loaded"
+        try:
+            self.decider.check_alive()
+        except IndexUnavailable as error:
+            return str(error)
+        if mirror.stale_for_s() > STALE_MAX_S:
+            return f"Redis has not answered for {mirror.stale_for_s():.0f} s"
+        if mirror.spec() is None:
+            return "no replica has registered in Redis yet"
+        return "" if self.decider.tokenizer_is_there() else "the tokenizer is being loaded"
+
+
+def _is_adapter(name: str, domain: Domain) -> bool:
+    """Ray's way to name an adapter that is loaded at need: `base:adapter`."""
+    return name.startswith(f"{domain.spec.model}:")
