@@ -301,7 +301,7 @@ def _stop_signal() -> threading.Event:
 
 @app.command()
 def serve_scores(
-    config: Annotated[Path | None, typer.Option("--config", "-c", help="YAML as configs/score.yaml.")] = None,
+    config: Annotated[Path | None, typer.Option("--config", "-c", help="YAML as configs/service/score.yaml.")] = None,
     embedded: Annotated[
         bool, typer.Option("--embedded", help="With a Valkey of its own, for engines on this machine.")
     ] = False,
@@ -313,12 +313,14 @@ def serve_scores(
     redis: Annotated[str, typer.Option(help="Instead of the config's.", envvar="KVCACHE_REDIS_URL")] = "",
     workers: Annotated[int, typer.Option(min=0, help="Processes; 0: as the config says, or 1.")] = 0,
 ) -> None:
-    """Serve scores and choices over HTTP and gRPC, without Ray. SIGTERM ends it gently, SIGHUP reads the config again."""
+    """Serve scores and choices over HTTP and gRPC, without Ray. SIGTERM ends it gently; SIGHUP reads again."""
     from serve_app.service.config import ServiceConfig, parse_config, read_mapping
     from serve_app.service.workers import serve
 
     if config is None and not model:
-        raise ConfigError("give --config FILE (see configs/score.yaml), or --model NAME with --embedded or --redis URL")
+        raise ConfigError(
+            "give --config FILE (see configs/service/score.yaml), or --model NAME with --embedded or --redis URL"
+        )
 
     def read() -> ServiceConfig:
         given = read_mapping(config) if config else {}

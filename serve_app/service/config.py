@@ -94,5 +94,5 @@ def read_mapping(path: Path) -> dict[str, object]:
     except (OSError, UnicodeDecodeError, RecursionError, yaml.YAMLError) as error:
         raise ConfigError(f"{path}: {error}") from error
     if not isinstance(given, dict):
-        raise ConfigError(f"{path} is no mapping: it needs `models:` at least (see configs/score.yaml)")
+        raise ConfigError(f"{path} is no mapping: it needs `models:` at least (see configs/service/score.yaml)")
     return given

@@ -59,7 +59,8 @@ def refusing() -> Iterator[None]:
         raise Refused(error.status, error.code, str(error), retry_after_s=error.retry_after_s) from error
     except PromptError as error:
         status = 503 if error.reason in PromptError.NOT_NOW else _TOO_MUCH.get(error.reason, 400)
-        raise Refused(status, error.reason, str(error)) from error
+        code = "invalid_request" if error.reason == "no_body" else error.reason
+        raise Refused(status, code, str(error)) from error
     except IndexUnavailable as error:
         raise Refused(503, "index_unavailable", str(error), retry_after_s=1.0) from error
     except msgspec.ValidationError as error:

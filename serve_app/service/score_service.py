@@ -122,7 +122,7 @@ class ScoreService:
         for one in batch(raw, self.limits):
             try:
                 if not isinstance(one, dict):
-                    raise Refused(400, "no_body", "a question is a JSON object")
+                    raise Refused(400, "invalid_request", "a question is a JSON object")
                 items.append(BatchItem(answer=await self.score(one, caller)))
             except Refused as error:
                 items.append(BatchItem(error=msgspec.convert(error.as_dict(), ErrorBody)))
@@ -198,7 +198,7 @@ class ScoreService:
             with refusing():
                 raise error
         except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
-            raise Refused(400, "no_body", f"the body is no JSON object: {error}") from error
+            raise Refused(400, "invalid_request", f"the body is no JSON object: {error}") from error
         return Done(self.report(report))
 
     def report(self, report: DoneFields) -> bool:

@@ -194,8 +194,8 @@ def test_streaming_names_the_replica_and_reports_usage(openai_client: openai.Ope
         ("/kvcache/v1/score", b"[1]", 400),
         ("/kvcache/v1/score", b"{", 400),
         ("/kvcache/v1/score", json.dumps({"model": MODEL}).encode(), 400),
-        ("/kvcache/v1/score", json.dumps({"model": MODEL, "prompt": "x", "strategy": "best"}).encode(), 400),
-        ("/kvcache/v1/score", json.dumps({"model": MODEL, "prompt": "x", "pods": "a"}).encode(), 400),
+        ("/kvcache/v1/score", json.dumps({"model": MODEL, "prompt": "x", "strategy": "best"}).encode(), 422),
+        ("/kvcache/v1/score", json.dumps({"model": MODEL, "prompt": "x", "pods": "a"}).encode(), 422),
         (
             "/kvcache/v1/score",
             json.dumps({"model": MODEL, "messages": [{"role": "user", "content": {"a": 1}}]}).encode(),

@@ -6,18 +6,16 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import msgspec
+import httpx
 import pytest
 from ray.cloudpickle import dumps
 from ray.exceptions import RayActorError
-from starlette.requests import Request
-from starlette.responses import JSONResponse
 
 from serve_app.access import hash_key
 from serve_app.config import GraphArgs
-from serve_app.deployments.listening import is_loopback
 from serve_app.deployments.scorer import Scorer
 from serve_app.errors import PromptError
+from serve_app.ports import is_loopback
 from serve_app.types import EncodedKeys, EngineSpec, ModelId
 
 SPEC = EngineSpec(ModelId("m"), 16, "tokenizer")
@@ -50,15 +48,11 @@ def scorer_of(encode: Callable[[], Any], spec: Callable[[], Any] = lambda: SPEC,
     return plain(GraphArgs(model="m", **settings), Handle(encode), Handle(spec))
 
 
-async def answer_of(scorer: Any, body: bytes, key: str = "") -> JSONResponse:
-
-    async def receive() -> dict[str, Any]:
-        return {"type": "http.request", "body": body, "more_body": False}
-
-    headers = [(b"authorization", f"Bearer {key}".encode())] if key else []
-    answer = await scorer.score(Request({"type": "http", "method": "POST", "headers": headers}, receive))
-    assert isinstance(answer, JSONResponse)
-    return answer
+async def answer_of(scorer: Any, body: bytes, key: str = "", path: str = "/v1/score") -> httpx.Response:
+    transport = httpx.ASGITransport(await scorer.__serve_build_asgi_app__())
+    headers = {"authorization": f"Bearer {key}"} if key else {}
+    async with httpx.AsyncClient(transport=transport, base_url="http://graph") as client:
+        return await client.request("POST" if path == "/v1/score" else "GET", path, content=body, headers=headers)
 
 
 async def ask(body: bytes, encode: Callable[[], Any], spec: Callable[[], Any] = lambda: SPEC) -> tuple[int, str]:
@@ -66,8 +60,8 @@ async def ask(body: bytes, encode: Callable[[], Any], spec: Callable[[], Any] = 
     return told(await answer_of(scorer_of(encode, spec), body))
 
 
-def told(answer: JSONResponse) -> tuple[int, str]:
-    error = msgspec.json.decode(bytes(answer.body))["error"]
+def told(answer: httpx.Response) -> tuple[int, str]:
+    error = answer.json()["error"]
     assert error["message"]
     return answer.status_code, error["code"]
 
@@ -76,9 +70,19 @@ def unused() -> list[EncodedKeys]:
     raise AssertionError("the body has been taken for a prompt")
 
 
-@pytest.mark.parametrize("body", [b"", b"[]", b"{", b'{"strategy": "x"}', b"\xff", b'{"prompt": "a", "pods": 1}'])
+@pytest.mark.parametrize("body", [b"", b"[]", b"{", b"\xff"])
 async def test_a_body_that_is_no_request(body: bytes) -> None:
     assert await ask(body, unused) == (400, "invalid_request")
+
+
+@pytest.mark.parametrize(
+    ("body", "field"),
+    [(b'{"strategy": "x"}', "strategy"), (b'{"pods": 1}', "pods"), (b'{"pods": ["a", 2]}', "pods[1]")],
+)
+async def test_a_field_that_is_wrong_is_named(body: bytes, field: str) -> None:
+    answer = await answer_of(scorer_of(unused), body)
+    assert told(answer) == (422, "invalid_field")
+    assert answer.json()["error"]["param"] == field
 
 
 @pytest.mark.parametrize("levels", [64, 900, 10_000])
@@ -118,10 +122,9 @@ async def test_a_score_wants_the_key_of_its_salt(tmp_path: Path) -> None:
         ("secret", mine, 400),
     ):
         assert (await answer_of(scorer, body, key)).status_code == status, (key, body)
-    for endpoint in (scorer.pods, scorer.receipts):
-        for headers, status in (([], 401), ([(b"authorization", b"Bearer secret")], 403)):
-            answer = await endpoint(Request({"type": "http", "method": "GET", "headers": headers}))
-            assert answer.status_code == status
+    for path in ("/v1/pods", "/v1/receipts"):
+        for key, status in (("", 401), ("secret", 403)):
+            assert (await answer_of(scorer, b"", key, path)).status_code == status
 
 
 @pytest.mark.parametrize(
