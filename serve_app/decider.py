@@ -47,7 +47,7 @@ class Asked(NamedTuple):
     """A request, as the way in knows it."""
 
     request_id: str  # a client may give several requests the same
-    key: str = ""  # the same when it is asked again of the same request; empty: it is asked once
+    key: str = ""  # the same when it is asked again of the same request; empty: it is asked once; with a lease, its id
     session: str = ""
     body: Mapping[str, Any] | None = None  # parsed; None: there is none that can be read
     why_no_body: str = "no_body"  # reason of the decision then
@@ -201,6 +201,8 @@ class Decider:
             served: the engine's own figures, if they are known.
         """
         tag = request_tag(request_id)
+        if ended:
+            self._booked.pop(request_id, None)
         self.chooser.progress(pod, Progress(prefilled=tag, ended=tag if ended else b""))
         if served is not None and self._desk is not None and self._log is not None and self._metrics is not None:
             for complete in self._desk.answered(pod, served):

@@ -160,8 +160,10 @@ class ScoreService:
         with refusing():
             check_salt(caller, body)
         lease_s = fields.lease_s or self._lease_s
+        request_id = fields.request_id or uuid.uuid4().hex
         asked = Asked(
-            fields.request_id or uuid.uuid4().hex,
+            request_id,
+            request_id,
             session=fields.session,
             body=body,
             lease_s=lease_s,
@@ -170,7 +172,7 @@ class ScoreService:
         wanted = [PodId(pod) for pod in fields.pods] if fields.pods else None
         with refusing():
             decision, chosen = await self.decide(model, asked, wanted)
-        return _choice(asked.request_id, lease_s, decision, chosen, model.replicas(), model)
+        return _choice(request_id, lease_s, decision, chosen, model.replicas(), model)
 
     async def decide(self, model: LocalBackend, asked: Asked, wanted: Sequence[PodId] | None) -> tuple[Decision, PodId]:
         """Who is to get it, and which of its ranks; with its reservation.

@@ -44,10 +44,12 @@ class Fleet:
         self.publish(domain, holds)
         return domain
 
-    def join_plain(self, replica: str, *, holds: int = 0, adapters: tuple[str, ...] = (), slots: int = 0) -> Domain:
+    def join_plain(
+        self, replica: str, *, holds: int = 0, adapters: tuple[str, ...] = (), slots: int = 0, address: str = ""
+    ) -> Domain:
         """A replica without ranks."""
         epoch = Epoch(time.time_ns() // 1_000_000)
-        of_adapters = {"adapters": adapters, "adapter_slots": slots}
+        of_adapters = {"adapters": adapters, "adapter_slots": slots, "address": address}
         domain = Domain(DomainId(replica), epoch, self._spec, PodId(replica), **of_adapters)  # type: ignore[arg-type]
         self.publish(domain, holds)
         return domain
