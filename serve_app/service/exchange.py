@@ -6,7 +6,7 @@
 By the Gateway API Inference Extension's endpoint picker protocol (its proposal 004) on Envoy's ext_proc. How bodies
 come, Envoy says in its first message:
 
-    BUFFERED (BUFFERED_PARTIAL)  the headers are answered at once, the body, in one message, with the endpoint
+    BUFFERED, BUFFERED_PARTIAL   the headers are answered at once, the body, in one message, with the endpoint
     FULL_DUPLEX_STREAMED         Envoy hands its data over: chunks are kept until the last has come, then headers and
                                  all chunks are given back; what comes later is given back as it comes
     NONE, STREAMED               the endpoint must be named with the headers: nothing can be scored
@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import uuid
 from collections import Counter
-from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import msgspec
@@ -33,6 +33,7 @@ SUBSET = "x-gateway-destination-endpoint-subset"
 DESTINATION_NAMESPACE = "envoy.lb"
 SUBSET_NAMESPACE = "envoy.lb.subset_hint"
 
+_NOT_CHOSEN = Picked((), reason="error")
 _SESSION_HEADERS = ("x-session-id", "x_session_id")
 _NO_ENDPOINT = msgspec.json.encode(
     {
@@ -50,12 +51,20 @@ class Exchange:
     chooser: is asked once, and told once that it is over.
     max_body_bytes: a longer body is passed on, and not looked at.
     counters: what happened, by name.
+    failed: is told of an error of the chooser's. The request goes on, to whom Envoy sends it.
     """
 
-    def __init__(self, chooser: EndpointChooser, max_body_bytes: int, counters: Counter[str]) -> None:
+    def __init__(
+        self,
+        chooser: EndpointChooser,
+        max_body_bytes: int,
+        counters: Counter[str],
+        failed: Callable[[Exception], None],
+    ) -> None:
         self._chooser = chooser
         self._max_body_bytes = max_body_bytes
         self._counters = counters
+        self._failed = failed
         self._request_id = ""
         self._session = ""
         self._subset: Sequence[str] | None = None
@@ -64,26 +73,30 @@ class Exchange:
         self._held: list[bytes] = []  # chunks that Envoy has handed over, until they are given back
         self._held_bytes = 0
         self._picked: Picked | None = None
-        self._asked = self._over = False
+        self._asked = self._refused = self._over = False
         self._is_good = self._has_token = False
         self._end = AnswerEnd()
-        self._answers: dict[str, Callable[[Any], Awaitable[Sequence[Any]]]] = {
-            "request_headers": self._request_headers,
-            "request_body": self._request_body,
-            "request_trailers": self._request_trailers,
-            "response_headers": self._response_headers,
-            "response_body": self._response_body,
-            "response_trailers": self._response_trailers,
-        }
 
     async def take(self, message: Any) -> Sequence[Any]:
         """ProcessingRequest -> what Envoy is to be told now, in this order."""
-        answer = self._answers.get(message.WhichOneof("kind"))
-        return () if answer is None else await answer(message)
+        match message.WhichOneof("kind"):
+            case "response_body":
+                return self._response_body(message)
+            case "response_headers":
+                return self._response_headers(message)
+            case "request_headers":
+                return await self._request_headers(message)
+            case "request_body":
+                return await self._request_body(message)
+            case "request_trailers":
+                return await self._request_trailers()
+            case "response_trailers":
+                return self._response_trailers()
+        return ()
 
     def close(self) -> None:
         """Nothing more will come."""
-        if not self._over and self._asked:
+        if self._asked and not self._over and self._is_generation:
             self._counters["cut_off"] += 1
         self._ended(Usage())
 
@@ -137,11 +150,11 @@ class Exchange:
         picked = await self._pick(body)
         return (self._named(answer, answer.request_body.response, picked),)
 
-    async def _request_trailers(self, _: Any) -> Sequence[Any]:
+    async def _request_trailers(self) -> Sequence[Any]:
         released: Sequence[Any] = ()
         if self._picked is None and self._request_mode == wire.FULL_DUPLEX_STREAMED:
             released = await self._released(b"".join(self._held), False)
-            if not self._picked_endpoints():
+            if self._refused:
                 return released
         answer = wire.ProcessingResponse()
         answer.request_trailers.SetInParent()
@@ -160,30 +173,34 @@ class Exchange:
         answer.request_headers.SetInParent()
         first = self._named(answer, answer.request_headers.response, await self._pick(body))
         held, self._held = self._held, []
-        if not self._picked_endpoints():
+        if self._refused:
             return (first,)
         last = len(held) - 1
         return (first, *(_given_back("request_body", one, is_last and i == last) for i, one in enumerate(held)))
 
     async def _pick(self, body: bytes | None) -> Picked:
         """The chooser's answer, without what the operator has ruled out."""
-        if self._subset is not None and not self._subset:
-            self._picked = Picked(())
-            return self._picked
-        self._asked = True
-        picked = await self._chooser.pick(self._request_id, self._session, body, self._subset)
+        self._picked = picked = Picked(()) if self._subset == [] else await self._ask(body)
         if self._subset is not None:
             allowed = frozenset(self._subset)
-            picked = picked._replace(endpoints=[one for one in picked.endpoints if one in allowed])
-        self._picked = picked
-        return picked
+            self._picked = picked._replace(endpoints=[one for one in picked.endpoints if one in allowed])
+        return self._picked
 
-    def _picked_endpoints(self) -> Sequence[str]:
-        return self._picked.endpoints if self._picked is not None else ()
+    async def _ask(self, body: bytes | None) -> Picked:
+        self._asked = True
+        try:
+            return await self._chooser.pick(self._request_id, self._session, body, self._subset)
+        except Exception as error:
+            self._failed(error)
+            return _NOT_CHOSEN if self._subset is None else Picked(self._subset, reason=_NOT_CHOSEN.reason)
 
     def _named(self, answer: Any, response: Any, picked: Picked) -> Any:
         """The same answer with the endpoints in it; if there are none, one that ends the request."""
+        if picked is _NOT_CHOSEN:
+            response.header_mutation.remove_headers.append(DESTINATION)  # a client's
+            return answer
         if not picked.endpoints:
+            self._refused = True
             self._counters["no_endpoint"] += 1
             refused = wire.ProcessingResponse()
             refused.immediate_response.status.code = 503
@@ -199,7 +216,7 @@ class Exchange:
 
     def _watch(self, answer: Any, request_mode: int) -> None:
         """Ask for the parts that are still needed; Envoy obeys if it is set up so (`allow_mode_override`)."""
-        if self._request_mode == wire.FULL_DUPLEX_STREAMED or self._response_mode == wire.FULL_DUPLEX_STREAMED:
+        if wire.FULL_DUPLEX_STREAMED in {self._request_mode, self._response_mode}:
             return  # they are under way already
         response_mode = (self._response_mode or wire.STREAMED) if self._is_generation else wire.NONE
         if (request_mode, response_mode) != (self._request_mode, self._response_mode):
@@ -208,10 +225,10 @@ class Exchange:
 
     # ------------------------------------------------------------------------------------------ the response
 
-    async def _response_headers(self, message: Any) -> Sequence[Any]:
+    def _response_headers(self, message: Any) -> Sequence[Any]:
         self._is_good = self._is_generation and _headers(message.response_headers).get(":status", "").startswith("2")
         served = _metadata(message.metadata_context, DESTINATION_NAMESPACE, SERVED)
-        if served is not None and served.string_value not in ("", *self._picked_endpoints()[:1]):
+        if served is not None and self._picked is not None and served.string_value not in self._picked.endpoints[:1]:
             self._counters["served_by_another"] += 1
         answer = wire.ProcessingResponse()
         answer.response_headers.SetInParent()
@@ -221,7 +238,7 @@ class Exchange:
             self._ended(Usage())
         return (answer,)
 
-    async def _response_body(self, message: Any) -> Sequence[Any]:
+    def _response_body(self, message: Any) -> Sequence[Any]:
         body, is_last = message.response_body.body, message.response_body.end_of_stream
         if self._is_good:
             self._end.passed(body)
@@ -234,7 +251,7 @@ class Exchange:
             return (_given_back("response_body", body, is_last),)
         return (_GO_ON_WITH_RESPONSE_BODY,)
 
-    async def _response_trailers(self, _: Any) -> Sequence[Any]:
+    def _response_trailers(self) -> Sequence[Any]:
         self._ended(self._end.usage())
         answer = wire.ProcessingResponse()
         answer.response_trailers.SetInParent()

@@ -62,7 +62,7 @@ class _Processor:
         self._errors = ErrorLog("kvcache: a request goes on without the endpoint picker", logger, counters)
 
     async def process(self, _: Any, context: Any) -> None:
-        exchange = Exchange(self._chooser, self._max_body_bytes, self._counters)
+        exchange = Exchange(self._chooser, self._max_body_bytes, self._counters, self._errors.failed)
         try:
             while (message := await context.read()) is not grpc.aio.EOF:
                 for answer in await exchange.take(message):

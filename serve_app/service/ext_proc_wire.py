@@ -1,7 +1,7 @@
-"""Messages of Envoy's external processing, `envoy.service.ext_proc.v3.ExternalProcessor`: the fields that a picker needs.
+"""Messages of Envoy's external processing (`envoy.service.ext_proc.v3.ExternalProcessor`): what a picker needs of them.
 
-A table of fields and numbers, from which protobuf makes the classes; what else Envoy sends is skipped. Numbers and types are
-those of envoy/service/ext_proc/v3/external_processor.proto (Envoy 1.40) and of what it imports.
+A table of fields and numbers, from which protobuf makes the classes; what else Envoy sends is skipped. Numbers and
+types are those of envoy/service/ext_proc/v3/external_processor.proto (Envoy 1.40) and of what it imports.
 
 The wheel with all of Envoy's messages (`xds-protos`) is not used: it writes its own copies over 60 modules of
 `googleapis-common-protos` and `opentelemetry-proto`, which Ray and vLLM import.
@@ -89,12 +89,9 @@ def _classes() -> dict[str, Any]:
                 added.label = _Field.LABEL_REPEATED
             elif kind.startswith("?"):
                 added.oneof_index = 0
-            kind = kind.lstrip("*?")
-            if kind in _SCALARS:
-                added.type = _SCALARS[kind]
-            else:
-                added.type = _Field.TYPE_MESSAGE
-                added.type_name = kind if kind.startswith(".") else f".{_PACKAGE}.{kind}"
+            added.type = _SCALARS.get(name_of := kind.lstrip("*?"), _Field.TYPE_MESSAGE)
+            if added.type == _Field.TYPE_MESSAGE:
+                added.type_name = name_of if name_of.startswith(".") else f".{_PACKAGE}.{name_of}"
         if any(kind.startswith("?") for _, kind in fields.values()):
             message.oneof_decl.add(name="kind")
     pool = descriptor_pool.Default()

@@ -10,7 +10,7 @@ from typing import NamedTuple, Protocol
 class Picked(NamedTuple):
     """Who gets a request.
 
-    endpoints: `host:port`, best first; the rest is whom to try when the best cannot be reached. Empty: nothing is known.
+    endpoints: `host:port`, best first; the rest is whom to try when the best cannot be reached. Empty: none is known.
     headers: what to set on the request to the endpoint; names in lower case.
     reason: why the best is the best; the answer to the client names it.
     """
@@ -21,7 +21,7 @@ class Picked(NamedTuple):
 
 
 class EndpointChooser(Protocol):
-    """Used on one event loop. Every `pick` that has begun is followed by one `ended`, whatever became of the request."""
+    """Used on one event loop. Every `pick` that has begun is followed by one `ended`, whatever happens."""
 
     async def pick(self, request_id: str, session: str, body: bytes | None, subset: Sequence[str] | None) -> Picked:
         """Never raises.
