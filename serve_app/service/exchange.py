@@ -23,7 +23,7 @@ import msgspec
 
 from serve_app.config import REASON_HEADER
 from serve_app.prompts.forms import GENERATION_PATHS
-from serve_app.service import ext_proc_wire as wire
+from serve_app.protos import ext_proc_pb2 as wire
 from serve_app.service.picking import EndpointChooser, Picked
 from serve_app.service.usage import AnswerEnd, Usage
 
@@ -32,6 +32,8 @@ SERVED = "x-gateway-destination-endpoint-served"
 SUBSET = "x-gateway-destination-endpoint-subset"
 DESTINATION_NAMESPACE = "envoy.lb"
 SUBSET_NAMESPACE = "envoy.lb.subset_hint"
+
+Answers = Sequence[wire.ProcessingResponse]
 
 _NOT_CHOSEN = Picked((), reason="error")
 _SESSION_HEADERS = ("x-session-id", "x_session_id")
@@ -77,9 +79,9 @@ class Exchange:
         self._is_good = self._has_token = False
         self._end = AnswerEnd()
 
-    async def take(self, message: Any) -> Sequence[Any]:
+    async def take(self, message: wire.ProcessingRequest) -> Answers:
         """ProcessingRequest -> what Envoy is to be told now, in this order."""
-        match message.WhichOneof("kind"):
+        match message.WhichOneof("request"):
             case "response_body":
                 return self._response_body(message)
             case "response_headers":
@@ -102,7 +104,7 @@ class Exchange:
 
     # ------------------------------------------------------------------------------------------ the request
 
-    async def _request_headers(self, message: Any) -> Sequence[Any]:
+    async def _request_headers(self, message: wire.ProcessingRequest) -> Answers:
         self._counters["requests"] += 1
         self._request_mode = message.protocol_config.request_body_mode
         self._response_mode = message.protocol_config.response_body_mode
@@ -127,7 +129,7 @@ class Exchange:
         self._counters["body_not_sent"] += 1
         return await self._named_with_headers()
 
-    async def _request_body(self, message: Any) -> Sequence[Any]:
+    async def _request_body(self, message: wire.ProcessingRequest) -> Answers:
         body, is_last = message.request_body.body, message.request_body.end_of_stream
         if self._request_mode == wire.FULL_DUPLEX_STREAMED:
             if self._picked is not None:
@@ -144,14 +146,14 @@ class Exchange:
             return (answer,)
         # Without its end it is either followed by trailers, or it is what Envoy's buffer has room for.
         is_whole = is_last or self._request_mode == wire.BUFFERED
-        if not is_whole or len(body) > self._max_body_bytes:
+        can_be_scored = is_whole and len(body) <= self._max_body_bytes
+        if not can_be_scored:
             self._counters["body_too_long"] += 1
-            body = None
-        picked = await self._pick(body)
+        picked = await self._pick(body if can_be_scored else None)
         return (self._named(answer, answer.request_body.response, picked),)
 
-    async def _request_trailers(self) -> Sequence[Any]:
-        released: Sequence[Any] = ()
+    async def _request_trailers(self) -> Answers:
+        released: Answers = ()
         if self._picked is None and self._request_mode == wire.FULL_DUPLEX_STREAMED:
             released = await self._released(b"".join(self._held), False)
             if self._refused:
@@ -160,14 +162,14 @@ class Exchange:
         answer.request_trailers.SetInParent()
         return (*released, answer)
 
-    async def _named_with_headers(self) -> Sequence[Any]:
+    async def _named_with_headers(self) -> Answers:
         answer = wire.ProcessingResponse()
         answer.request_headers.SetInParent()
         picked = await self._pick(None)
         self._watch(answer, wire.NONE)
         return (self._named(answer, answer.request_headers.response, picked),)
 
-    async def _released(self, body: bytes | None, is_last: bool) -> Sequence[Any]:
+    async def _released(self, body: bytes | None, is_last: bool) -> Answers:
         """The answer to the headers, and all chunks that were held, the last of them being the body's last if so."""
         answer = wire.ProcessingResponse()
         answer.request_headers.SetInParent()
@@ -194,7 +196,9 @@ class Exchange:
             self._failed(error)
             return _NOT_CHOSEN if self._subset is None else Picked(self._subset, reason=_NOT_CHOSEN.reason)
 
-    def _named(self, answer: Any, response: Any, picked: Picked) -> Any:
+    def _named(
+        self, answer: wire.ProcessingResponse, response: wire.CommonResponse, picked: Picked
+    ) -> wire.ProcessingResponse:
         """The same answer with the endpoints in it; if there are none, one that ends the request."""
         if picked is _NOT_CHOSEN:
             response.header_mutation.remove_headers.append(DESTINATION)  # a client's
@@ -214,18 +218,20 @@ class Exchange:
         named.fields[DESTINATION].string_value = endpoints
         return answer
 
-    def _watch(self, answer: Any, request_mode: int) -> None:
+    def _watch(self, answer: wire.ProcessingResponse, request_mode: wire.BodySendMode) -> None:
         """Ask for the parts that are still needed; Envoy obeys if it is set up so (`allow_mode_override`)."""
         if wire.FULL_DUPLEX_STREAMED in {self._request_mode, self._response_mode}:
             return  # they are under way already
-        response_mode = (self._response_mode or wire.STREAMED) if self._is_generation else wire.NONE
+        response_mode = wire.NONE
+        if self._is_generation:
+            response_mode = wire.STREAMED if self._response_mode == wire.NONE else self._response_mode
         if (request_mode, response_mode) != (self._request_mode, self._response_mode):
             answer.mode_override.request_body_mode = request_mode
             answer.mode_override.response_body_mode = response_mode
 
     # ------------------------------------------------------------------------------------------ the response
 
-    def _response_headers(self, message: Any) -> Sequence[Any]:
+    def _response_headers(self, message: wire.ProcessingRequest) -> Answers:
         self._is_good = self._is_generation and _headers(message.response_headers).get(":status", "").startswith("2")
         served = _metadata(message.metadata_context, DESTINATION_NAMESPACE, SERVED)
         if served is not None and self._picked is not None and served.string_value not in self._picked.endpoints[:1]:
@@ -238,7 +244,7 @@ class Exchange:
             self._ended(Usage())
         return (answer,)
 
-    def _response_body(self, message: Any) -> Sequence[Any]:
+    def _response_body(self, message: wire.ProcessingRequest) -> Answers:
         body, is_last = message.response_body.body, message.response_body.end_of_stream
         if self._is_good:
             self._end.passed(body)
@@ -251,7 +257,7 @@ class Exchange:
             return (_given_back("response_body", body, is_last),)
         return (_GO_ON_WITH_RESPONSE_BODY,)
 
-    def _response_trailers(self) -> Sequence[Any]:
+    def _response_trailers(self) -> Answers:
         self._ended(self._end.usage())
         answer = wire.ProcessingResponse()
         answer.response_trailers.SetInParent()
@@ -263,7 +269,7 @@ class Exchange:
             self._chooser.ended(self._request_id, usage.prompt_tokens, usage.cached_tokens)
 
 
-def _go_on(part: str) -> Any:
+def _go_on(part: str) -> wire.ProcessingResponse:
     answer = wire.ProcessingResponse()
     getattr(answer, part).SetInParent()
     return answer
@@ -272,21 +278,21 @@ def _go_on(part: str) -> Any:
 _GO_ON_WITH_RESPONSE_BODY = _go_on("response_body")
 
 
-def _given_back(part: str, body: bytes, is_last: bool) -> Any:
+def _given_back(part: str, body: bytes, is_last: bool) -> wire.ProcessingResponse:
     answer = wire.ProcessingResponse()
     chunk = getattr(answer, part).response.body_mutation.streamed_response
     chunk.body, chunk.end_of_stream = body, is_last
     return answer
 
 
-def _set(mutation: Any, headers: Mapping[str, str]) -> None:
+def _set(mutation: wire.HeaderMutation, headers: Mapping[str, str]) -> None:
     for name, value in headers.items():
-        option = mutation.set_headers.add(append_action=wire.OVERWRITE)
+        option = mutation.set_headers.add(append_action=wire.OVERWRITE_IF_EXISTS_OR_ADD)
         option.header.key = name
         option.header.raw_value = value.encode("latin-1", "replace")
 
 
-def _headers(part: Any) -> dict[str, str]:
+def _headers(part: wire.HttpHeaders) -> dict[str, str]:
     """By name in lower case, as Envoy sends them; of several of a name, the first."""
     headers: dict[str, str] = {}
     for one in part.headers.headers:
@@ -299,15 +305,14 @@ def _length(headers: Mapping[str, str]) -> int:
     return int(length) if length.isdecimal() and len(length) < 20 else 0
 
 
-def _metadata(context: Any, namespace: str, key: str) -> Any:
-    """The value; None: not set."""
-    for entry in context.filter_metadata:
-        if entry.key == namespace and key in entry.value.fields:
-            return entry.value.fields[key]
-    return None
+def _metadata(context: wire.Metadata, namespace: str, key: str) -> Any:
+    """The value, a protobuf Value; None: not set."""
+    if namespace not in context.filter_metadata:
+        return None
+    return context.filter_metadata[namespace].fields.get(key)
 
 
-def _subset(context: Any) -> Sequence[str] | None:
+def _subset(context: wire.Metadata) -> Sequence[str] | None:
     """The operator's hint: a list; some data planes send a text with commas."""
     value = _metadata(context, SUBSET_NAMESPACE, SUBSET)
     if value is None:

@@ -13,13 +13,14 @@ from typing import Any
 import grpc
 import grpc.aio
 
-from serve_app.service import ext_proc_wire as wire
+from serve_app.protos import ext_proc_pb2 as wire
 from serve_app.service.exchange import Exchange
 from serve_app.service.picking import EndpointChooser
 from serve_app.supervision import ErrorLog
 
 logger = logging.getLogger(__name__)
 
+SERVICE, METHOD = "envoy.service.ext_proc.v3.ExternalProcessor", "Process"
 MAX_BODY_BYTES = 32 * 1024 * 1024
 _BESIDE_THE_BODY = 1024 * 1024  # headers and metadata in the same message
 
@@ -45,13 +46,12 @@ def add_picker(
         counters: `requests`, `no_endpoint`, `body_too_long`, `body_not_sent` (the filter's request_body_mode is neither
             BUFFERED nor FULL_DUPLEX_STREAMED), `served_by_another`, `cut_off` (no end was seen), and ErrorLog's.
     """
-    service, method = wire.PROCESS
     handler = grpc.stream_stream_rpc_method_handler(
         _Processor(chooser, max_body_bytes, Counter() if counters is None else counters).process,
         request_deserializer=wire.ProcessingRequest.FromString,
         response_serializer=wire.ProcessingResponse.SerializeToString,
     )
-    server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler(service, {method: handler}),))
+    server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler(SERVICE, {METHOD: handler}),))
 
 
 class _Processor:

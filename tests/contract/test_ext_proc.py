@@ -17,8 +17,9 @@ import httpx
 import pytest
 
 from serve_app.ports import free_ports
-from serve_app.service import ext_proc_wire as wire
+from serve_app.protos import ext_proc_pb2 as wire
 from serve_app.service.exchange import DESTINATION
+from serve_app.service.ext_proc import METHOD, SERVICE
 from serve_app.service.picking import Picked
 from tests.gateway import HOST, MAX_BODY_BYTES, Engine, Envoy, Listener, Script, picker, until
 from tests.helpers import eventually
@@ -389,7 +390,11 @@ class TestTrouble:
         body.request_body.body = b"{}"
         trailers.request_trailers.SetInParent()
         answers = await ask(gateway, *(one.SerializeToString() for one in (headers, body, trailers)))
-        assert [one.WhichOneof("kind") for one in answers] == ["request_headers", "request_body", "request_trailers"]
+        assert [one.WhichOneof("response") for one in answers] == [
+            "request_headers",
+            "request_body",
+            "request_trailers",
+        ]
         chunk = answers[1].request_body.response.body_mutation.streamed_response
         assert (chunk.body, chunk.end_of_stream) == (b"{}", False)
         assert script.asked[0].body == b"{}"
@@ -398,7 +403,7 @@ class TestTrouble:
 async def ask(gateway: Gateway, *messages: bytes) -> list[object]:
     """What the picker answers on a stream of these; nothing more than that if it breaks the stream off."""
     async with grpc.aio.insecure_channel(f"{HOST}:{gateway.picker_port}") as channel:
-        call = channel.stream_stream(f"/{wire.PROCESS[0]}/{wire.PROCESS[1]}")(iter(messages), timeout=5)
+        call = channel.stream_stream(f"/{SERVICE}/{METHOD}")(iter(messages), timeout=5)
         return [wire.ProcessingResponse.FromString(answer) async for answer in call]
 
 
