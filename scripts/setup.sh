@@ -159,7 +159,8 @@ lock_constraints() {
     cp "$scratch/constraints.txt" constraints.txt
     say "hashing what the package needs without an engine"
     make_venv "$python" "$scratch/base"
-    pip_install "$scratch/base" --dry-run --ignore-installed --report "$scratch/report.json" -c constraints.txt ".[serve,service]"
+    pip_install "$scratch/base" --dry-run --ignore-installed --report "$scratch/report.json" -c constraints.txt \
+        ".[serve,service]"
     "$python" scripts/hashes.py "$scratch/report.json" >"$scratch/requirements.lock"
     cp "$scratch/requirements.lock" requirements.lock
     say "wrote constraints.txt ($(grep -vc '^#' constraints.txt) packages) and requirements.lock; see: git diff"
