@@ -13,7 +13,8 @@ import zipfile
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from email.parser import HeaderParser
-from importlib.metadata import Distribution, PackageNotFoundError, distribution
+from functools import cache
+from importlib.metadata import Distribution, PackageNotFoundError, distribution, packages_distributions
 from pathlib import Path
 
 from packaging.requirements import Requirement
@@ -66,7 +67,7 @@ def requirements(wheel: Path, extra: str = "") -> list[Requirement]:
         (metadata,) = (name for name in archive.namelist() if name.endswith(".dist-info/METADATA"))
         requires = HeaderParser().parsestr(archive.read(metadata).decode()).get_all("Requires-Dist") or []
     found: list[Requirement] = []
-    extras = ["", extra]
+    extras = list(dict.fromkeys(("", extra)))
     for each in extras:  # grows while it is walked
         for one in _of_extra(requires, each):
             if canonicalize_name(one.name) == PROJECT:
@@ -106,15 +107,18 @@ def _installed(name: str) -> Distribution:
 
 
 def _link(each: Distribution, site: Path) -> None:
-    for file in _files(each):
-        link = site / file
-        if not link.exists():
-            link.parent.mkdir(parents=True, exist_ok=True)
-            link.symlink_to(each.locate_file(file))
-
-
-def _files(each: Distribution) -> Iterator[str]:
-    """Without commands, which are beside site-packages."""
+    """Whole packages where no other distribution has a part in them, else file by file."""
     for file in each.files or ():
-        if ".." not in file.parts:
-            yield str(file)
+        if ".." in file.parts:  # a command, beside site-packages
+            continue
+        name = file.parts[0] if file.parts[0] in _of_one() else str(file)
+        link = site / name
+        if not link.is_symlink():
+            link.parent.mkdir(parents=True, exist_ok=True)
+            link.symlink_to(each.locate_file(name))
+
+
+@cache
+def _of_one() -> frozenset[str]:
+    """Top-level packages that one distribution alone has files of."""
+    return frozenset(name for name, owners in packages_distributions().items() if len(set(owners)) == 1)

@@ -40,7 +40,7 @@ for name in sys.argv[1:]:
         importlib.import_module(name)
     except Exception:
         failed.append(f"{name}: {traceback.format_exc(limit=-1)}")
-sys.exit("".join(failed))
+sys.exit("".join(failed) or 0)
 """
 
 
