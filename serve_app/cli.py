@@ -320,6 +320,7 @@ def serve_scores(
     workers: Annotated[int, typer.Option(min=0, help="Processes; 0: as the config says, or 1.")] = 0,
 ) -> None:
     """Serve scores and choices over HTTP and gRPC, without Ray. SIGTERM ends it gently; SIGHUP reads again."""
+    require_module("grpc_health", "kvcache serve-scores", "service")
     from serve_app.service.config import ServiceConfig, parse_config, read_mapping
     from serve_app.service.workers import serve
 
