@@ -10,7 +10,8 @@ import sys
 from pathlib import Path
 
 HEAD = """\
-# What the package itself needs (no engine, no tools), with the hash of each file: for an image, as
+# What the package needs with its extras `serve` and `service` (no engine, no tools), with the hash of each file: for an
+# image, as
 #   pip install --require-hashes --no-deps -r requirements.lock && pip install --no-deps .
 # Python 3.11, Linux x86-64. Written by `make lock`, at the versions of constraints.txt. Do not edit by hand.
 """

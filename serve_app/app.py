@@ -4,25 +4,27 @@
     import_path: serve_app.app:build_openai_app   the data path: an OpenAI API whose requests are routed by KV cache
     import_path: serve_app.app:build_llm          the same, of one model
 
+The graph needs no engine: what Ray has of LLMs, which looks for one when it is imported, is imported where it is used.
 (No `from __future__ import annotations` here: Ray reads the annotations to convert `args`.)
 """
 
 import logging
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from pydantic import ValidationError
 from ray import serve
-from ray.llm._internal.serve.constants import RAY_SERVE_LLM_ENABLE_DIRECT_STREAMING
 from ray.serve import Application
-from ray.serve.llm import LLMConfig
-from ray.serve.llm import build_openai_app as build_openai_app_of_ray
 
 from serve_app.config import EMBEDDED, GraphArgs, LLMArgs, OpenAIArgs, RouterSettings
 from serve_app.deployments.embedded_redis import EmbeddedRedis, resolve_redis_url
 from serve_app.deployments.graph import BlockIndex, PrefixStore, Tokenizer
 from serve_app.deployments.scorer import Scorer
 from serve_app.errors import ConfigError
+from serve_app.extras import require_module
 from serve_app.model import fast_dtype, resolve_model
+
+if TYPE_CHECKING:
+    from ray.serve.llm import LLMConfig
 
 logger = logging.getLogger("ray.serve")
 
@@ -62,7 +64,14 @@ def build_openai_app(args: OpenAIArgs) -> Application:
     """What `ray.serve.llm:build_openai_app` builds of the same arguments, routed by KV cache.
 
     An LLMConfig that names a request router of its own keeps it, and is left as it is.
+
+    Raises:
+        ConfigError: vLLM is not installed.
     """
+    require_module("vllm", "an application with engines", "cpu", "gpu")
+    from ray.llm._internal.serve.constants import RAY_SERVE_LLM_ENABLE_DIRECT_STREAMING
+    from ray.serve.llm import build_openai_app as build_openai_app_of_ray
+
     configs = [_llm_config(config, args.kvcache) for config in args.llm_configs]
     builder = args.model_dump(exclude={"kvcache"}, exclude_unset=True) | {"llm_configs": configs}
     if RAY_SERVE_LLM_ENABLE_DIRECT_STREAMING:
@@ -82,8 +91,10 @@ def build_llm(args: LLMArgs) -> Application:
     return build_openai_app(OpenAIArgs(llm_configs=[args.llm], kvcache={**args.routing, **lmcache}, **more))
 
 
-def _llm_config(given: str | dict[str, Any] | LLMConfig, kvcache: dict[str, Any]) -> LLMConfig:
+def _llm_config(given: "str | dict[str, Any] | LLMConfig", kvcache: dict[str, Any]) -> "LLMConfig":
     """An LLMConfig with VLLMReplica and KVCacheAwareRouter put in."""
+    from ray.serve.llm import LLMConfig
+
     if isinstance(given, str):
         given = LLMConfig.from_file(given)
     llm = given.model_dump(exclude_unset=True) if isinstance(given, LLMConfig) else dict(given)
@@ -110,7 +121,7 @@ def _llm_config(given: str | dict[str, Any] | LLMConfig, kvcache: dict[str, Any]
     return LLMConfig(**llm)
 
 
-def _settings_of(config: LLMConfig) -> dict[str, Any] | None:
+def _settings_of(config: "LLMConfig") -> dict[str, Any] | None:
     """Those of its KVCacheAwareRouter; None: it has another router."""
     router = config.deployment_config.get("request_router_config")
     router = router if isinstance(router, dict) else getattr(router, "__dict__", {})
@@ -118,7 +129,7 @@ def _settings_of(config: LLMConfig) -> dict[str, Any] | None:
     return dict(router.get("request_router_kwargs") or {}) if of_ours else None
 
 
-def _embedded_redis(configs: list[LLMConfig]) -> Application | None:
+def _embedded_redis(configs: "list[LLMConfig]") -> Application | None:
     """The Valkey that these need, which is the graph's if that is there first."""
     if not any((_settings_of(config) or {}).get("redis_url") == EMBEDDED for config in configs):
         return None
@@ -128,7 +139,7 @@ def _embedded_redis(configs: list[LLMConfig]) -> Application | None:
     return redis
 
 
-def _direct(application: Application, config: LLMConfig) -> Application:
+def _direct(application: Application, config: "LLMConfig") -> Application:
     """With direct streaming: our own ingress request router in the place of Ray's, if this Ray is as it must be."""
     from serve_app.deployments import ingress_router
 

@@ -11,16 +11,13 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
-import msgspec
 import typer
-import yaml
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
-from serve_app import local_stack
-from serve_app.access import hash_key, new_key, own_key_header
 from serve_app.errors import ConfigError, KVCacheError
-from serve_app.ports import free_port
+from serve_app.extras import require_module
 
 if TYPE_CHECKING:
     from serve_app.events.publisher import PublisherConfig
@@ -46,7 +43,7 @@ def main() -> None:
     try:
         app()
     except KVCacheError as error:
-        console.print(f"[red]error:[/red] {error}")
+        console.print(f"[red]error:[/red] {escape(str(error))}", soft_wrap=True)  # a command in it can be copied
         sys.exit(1)
 
 
@@ -61,6 +58,9 @@ def model(name: Annotated[str, typer.Argument(help="Built-in model.")] = "builti
 @app.command()
 def up(config: ConfigOption = QUICKSTART, port: PortOption = None, direct: DirectOption = True) -> None:
     """Start Ray Serve with a config in the background, and wait until it serves."""
+    from serve_app import local_stack
+
+    require_module("ray", "kvcache up", "serve")
     running = local_stack.current()
     if running is not None:
         _say(f"already running: {running.url} ({running.config}, pid {running.pid}); `kvcache down` stops it")
@@ -75,6 +75,8 @@ def up(config: ConfigOption = QUICKSTART, port: PortOption = None, direct: Direc
 @app.command()
 def down() -> None:
     """Stop what `kvcache up` started."""
+    from serve_app import local_stack
+
     running = local_stack.current()
     if running is None:
         _say("nothing is running")
@@ -86,6 +88,8 @@ def down() -> None:
 @app.command()
 def status() -> None:
     """Show what is running and what the index knows of every replica. Exit status 1: nothing runs."""
+    from serve_app import local_stack
+
     running = local_stack.current()
     if running is None:
         _say("nothing is running; `kvcache up` starts it")
@@ -179,6 +183,8 @@ def publish(
     ] = None,
 ) -> None:
     """Publish the blocks of a vLLM server that Ray does not manage. Ends cleanly on Ctrl-C or SIGTERM."""
+    import msgspec
+
     from serve_app.events.endpoint import check_endpoint, endpoint_of_rank
     from serve_app.events.engine_groups import parse_groups
     from serve_app.events.publisher import PublisherConfig
@@ -314,6 +320,7 @@ def serve_scores(
     workers: Annotated[int, typer.Option(min=0, help="Processes; 0: as the config says, or 1.")] = 0,
 ) -> None:
     """Serve scores and choices over HTTP and gRPC, without Ray. SIGTERM ends it gently; SIGHUP reads again."""
+    require_module("grpc_health", "kvcache serve-scores", "service")
     from serve_app.service.config import ServiceConfig, parse_config, read_mapping
     from serve_app.service.workers import serve
 
@@ -379,6 +386,10 @@ def key(
     admin: Annotated[bool, typer.Option("--admin", help="It may read pods and receipts too.")] = False,
 ) -> None:
     """Make a key of the Score API: itself on stderr, its entry for auth.keys_file on stdout."""
+    import yaml
+
+    from serve_app.access import hash_key, new_key
+
     made = new_key()
     print(yaml.safe_dump([{"name": name, "sha256": hash_key(made), "salts": salt or [""], "admin": admin}]), end="")
     console.print(made, soft_wrap=True)
@@ -431,7 +442,9 @@ def demo(
     output: Annotated[Path, typer.Option(help="Where to write the result.")] = Path("benchmarks/results/demo.json"),
 ) -> None:
     """Conversations about long documents on two real vLLM replicas: round robin, then KV-aware."""
+    require_module("vllm", "kvcache demo", "cpu", "gpu")
     from serve_app.demo import Workload, run_demo
+    from serve_app.ports import free_port
 
     config = load_config(QUICKSTART, port or free_port())
     run_demo(Workload(documents, turns, document_tokens), config, output)
@@ -468,7 +481,10 @@ def audit(
     from serve_app.audit.layouts import with_layout
     from serve_app.audit.run import Settings, run_audit
     from serve_app.audit.traffic import Plan
+    from serve_app.ports import free_port
 
+    if config:
+        require_module("ray", "kvcache audit --config", "serve")
     plan = Plan(count=count, conversations=conversations, tokens=tokens, seed=seed)
     loaded = load_config(config, port or free_port()) if config else None
     if layout:
@@ -488,6 +504,8 @@ def _ask_graph(method: str, url: str, **more: Any) -> tuple[int, Any]:
         ConfigError: nobody answers, or somebody else does.
     """
     import httpx
+
+    from serve_app.access import own_key_header
 
     advice = "does the kvcache application (build_kvcache) run there? --url is its route prefix and the path"
     try:
@@ -520,6 +538,13 @@ def load_config(path: Path, port: int | None = None) -> dict[str, Any]:
     Raises:
         ConfigError: there is no such file, or it is not a Serve config.
     """
+    import yaml
+
+    if path == QUICKSTART and not path.exists():
+        raise ConfigError(
+            "this installation has no config of its own: give a Serve YAML with --config "
+            "(the project's repository has some in configs/)"
+        )
     try:
         config = yaml.safe_load(path.read_text())
     except (OSError, UnicodeDecodeError, RecursionError, yaml.YAMLError) as error:

@@ -214,7 +214,7 @@ def real_binary() -> str:
     except (ImportError, OSError):
         found = shutil.which("haproxy")
     if found is None:
-        raise ConfigError(f"no HAProxy is installed: pip install 'ray[serve]', or set {BINARY_VARIABLE}")
+        raise ConfigError(f'no HAProxy is installed: pip install "kvcache-manager[serve]", or set {BINARY_VARIABLE}')
     return found
 
 

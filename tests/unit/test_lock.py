@@ -26,5 +26,7 @@ def test_everything_has_a_hash_and_is_what_is_tested() -> None:
             assert found is not None, line
             locked[_name(found[1])] = found[2]
     assert {name: version for name, version in locked.items() if tested.get(name) != version} == {}
-    needed = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["dependencies"]
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    extras = project["optional-dependencies"]
+    needed = [*project["dependencies"], *extras["serve"], *extras["service"]]
     assert {_name(each) for each in needed} <= locked.keys()
