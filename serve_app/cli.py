@@ -316,6 +316,10 @@ def serve_scores(
     ] = None,
     http: Annotated[str, typer.Option(help="Instead of the config's, or 127.0.0.1:8100.")] = "",
     grpc: Annotated[str, typer.Option(help="Instead of the config's, or 127.0.0.1:8101.")] = "",
+    picker: Annotated[
+        str,
+        typer.Option(help="host:port where Envoy asks for endpoints (ext_proc); off by default."),
+    ] = "",
     redis: Annotated[str, typer.Option(help="Instead of the config's.", envvar="KVCACHE_REDIS_URL")] = "",
     workers: Annotated[int, typer.Option(min=0, help="Processes; 0: as the config says, or 1.")] = 0,
 ) -> None:
@@ -333,7 +337,8 @@ def serve_scores(
         given = read_mapping(config) if config else {}
         given |= {"models": [{"model": name} for name in model]} if model else {}
         given |= {"redis_url": "embedded"} if embedded else {"redis_url": redis} if redis else {}
-        given |= {key: value for key, value in (("http", http), ("grpc", grpc), ("workers", workers)) if value}
+        more = {"http": http, "grpc": grpc, "picker": picker, "workers": workers}
+        given |= {key: value for key, value in more.items() if value}
         return parse_config(given, str(config) if config else "the options")
 
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s")

@@ -82,8 +82,8 @@ def result(call: Call[T], status: int, content: bytes) -> T:
                 status, "not_understood", f"{call.path}: not an answer of this service: {error}"
             ) from error
     try:
-        error = msgspec.json.decode(content)["error"]
-        raise ServiceError(status, error["code"], error["message"], error.get("param"))
+        told = msgspec.json.decode(content)["error"]
+        raise ServiceError(status, told["code"], told["message"], told.get("param"))
     except (msgspec.DecodeError, KeyError, TypeError):
         raise ServiceError(status, "not_understood", f"{call.path} answers {status}, and not as this service") from None
 
@@ -104,7 +104,7 @@ def wait_s(attempt: int, status: int, retry_after: str | None) -> float | None:
         return None
     if retry_after is not None and retry_after.isdecimal():
         return min(float(retry_after), _RETRY_AFTER_MAX_S)
-    wait = min(_FIRST_S * 2 ** (attempt - 1), _LONGEST_S)
+    wait: float = min(_FIRST_S * 2.0 ** (attempt - 1), _LONGEST_S)
     return wait * random.uniform(1 - _JITTER, 1 + _JITTER)
 
 

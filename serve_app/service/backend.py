@@ -16,8 +16,9 @@ from serve_app.index.description import ages_s, describe
 from serve_app.index.keyspace import Keyspace
 from serve_app.index.router_log import read_receipts
 from serve_app.indexer import Body
-from serve_app.routing.choice import Choice, Cost
+from serve_app.routing.choice import Cost
 from serve_app.scoring import Strategy
+from serve_app.service.discovery import Discovery
 from serve_app.types import Domain, Found, ModelId, PodId
 
 STALE_MAX_S = 5.0
@@ -51,11 +52,16 @@ class Backend(Protocol):
 
 
 class LocalBackend:
-    """On a Decider of this process. Used on its event loop."""
+    """On a Decider of this process. Used on its event loop.
 
-    def __init__(self, decider: Decider, redis_url: str) -> None:
+    Args:
+        discovery: where replicas are; None: who publishes is there.
+    """
+
+    def __init__(self, decider: Decider, redis_url: str, discovery: Discovery | None = None) -> None:
         self.model = ModelId(decider.settings.model)
         self.decider = decider
+        self._discovery = discovery
         self._redis = connect(redis_url, name="kvcache-receipts", slot_of=Keyspace(self.model).receipts)
         self._known: AbstractSet[PodId] = frozenset()  # replicas that the decider was told of
 
@@ -103,20 +109,29 @@ class LocalBackend:
         Raises:
             IndexUnavailable: no replica is live, and none was named.
         """
-        replicas = self.replicas()
-        names = list(dict.fromkeys(wanted)) if wanted else list(replicas)
+        candidates = self.candidates()
+        names = list(dict.fromkeys(wanted)) if wanted else list(candidates)
         if not names:
             raise IndexUnavailable("no replica of the model has registered in Redis yet, and none was named")
         return await self.decider.decide(dict.fromkeys(names, _ANY_NUMBER), asked)
 
-    async def consider(self, found: Found) -> tuple[Choice, Mapping[PodId, int]]:
-        """What would be chosen now, and the requests at each pod. Nothing is booked."""
-        return self.decider.consider(found)
+    def candidates(self) -> dict[PodId, str]:
+        """Replicas that requests can be sent to -> host:port, or empty: its publisher does not say.
 
-    def replicas(self) -> Mapping[PodId, Domain]:
-        """Those that are live, each with its record, or that of its first rank."""
+        Those that are live and, with a discovery, were found; and those that were found and do not publish.
+
+        Raises:
+            IndexUnavailable: it follows no index.
+        """
         mirror = self.decider.followed()
-        live = {PodId(d.replica or d.pod): d for d, is_live, _ in mirror.domains() if d.pod is not None and is_live}
+        found = None if self._discovery is None else self._discovery.addresses
+        live = {
+            PodId(domain.replica or domain.pod): domain.address
+            for domain, is_live, _ in mirror.domains()
+            if domain.pod is not None and is_live and (found is None or domain.address in found)
+        }
+        for address in (found or frozenset()) - set(live.values()):
+            live[PodId(address)] = address
         if live.keys() != self._known:
             self._known = live.keys()
             self.decider.keep_only(list(live))

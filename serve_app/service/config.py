@@ -12,6 +12,7 @@ from serve_app.config import EMBEDDED, AuthSettings, DecisionSettings
 from serve_app.errors import ConfigError
 from serve_app.limits import Limits
 from serve_app.scoring import Strategy
+from serve_app.service.discovery import DiscoverySettings
 
 Address = Annotated[str, Field(pattern=r"^(\[[0-9A-Fa-f:.]+\]|[^\s:\[\]/]+):[0-9]{1,5}$")]
 """`host:port`; port 0: any that is free."""
@@ -40,6 +41,9 @@ class ServiceConfig(_Settings):
     picker: Annotated[
         Address | None,
         Field(description="Where Envoy asks for endpoints (ext_proc); null: it does not. One model only."),
+    ] = None
+    discovery: Annotated[
+        DiscoverySettings | None, Field(description="Where replicas are; null: who publishes is there. One model only.")
     ] = None
     score_strategy: Annotated[Strategy, Field(description="Of a score whose question does not say.")] = (
         Strategy.LONGEST_PREFIX
@@ -80,8 +84,9 @@ def parse_config(given: dict[str, object], name: str) -> ServiceConfig:
     names = [model.model for model in config.models]
     if twice := next((one for one in names if names.count(one) > 1), None):
         raise ConfigError(f"{name}: models: {twice!r} is there twice")
-    if config.picker and len(names) > 1:
-        raise ConfigError(f"{name}: picker: Envoy's pool is of one model, and there are {len(names)}")
+    for field in ("picker", "discovery"):
+        if getattr(config, field) and len(names) > 1:
+            raise ConfigError(f"{name}: {field}: its pods are of one model, and there are {len(names)}")
     return config
 
 

@@ -36,7 +36,7 @@ from serve_app.service.backend import Backend, LocalBackend
 from serve_app.service.questions import ChooseFields, DoneFields, ScoreFields, batch, check, question
 from serve_app.service.refused import Refused, refusing
 from serve_app.service.reservations import Reservation, Reservations
-from serve_app.types import Domain, Found, PodId, Served
+from serve_app.types import Found, PodId, Served
 
 
 class ScoreService:
@@ -172,7 +172,7 @@ class ScoreService:
         wanted = [PodId(pod) for pod in fields.pods] if fields.pods else None
         with refusing():
             decision, chosen = await self.decide(model, asked, wanted)
-        return _choice(request_id, lease_s, decision, chosen, model.replicas(), model)
+        return _choice(request_id, lease_s, decision, chosen, model.candidates(), model)
 
     async def decide(self, model: LocalBackend, asked: Asked, wanted: Sequence[PodId] | None) -> tuple[Decision, PodId]:
         """Who is to get it, and which of its ranks; with its reservation.
@@ -308,7 +308,7 @@ def _choice(
     lease_s: float,
     decision: Decision,
     chosen: PodId,
-    records: Mapping[PodId, Domain],
+    addresses: Mapping[PodId, str],
     model: LocalBackend,
 ) -> ChooseAnswer:
     choice, found = decision.choice, decision.found
@@ -316,7 +316,7 @@ def _choice(
         Candidate(
             str(pod),
             str(replica),
-            record.address if (record := records.get(replica)) is not None else "",
+            addresses.get(replica, ""),
             model.decider.ranks.rank(pod),
         )
         for replica, pod in decision.best.items()

@@ -28,9 +28,12 @@ from serve_app.indexer import IndexStage, PromptStage
 from serve_app.ports import is_loopback
 from serve_app.service.backend import LocalBackend
 from serve_app.service.config import ServiceConfig, TLSSettings
+from serve_app.service.discovery import Discovery
+from serve_app.service.ext_proc import add_picker, server_options
 from serve_app.service.grpc_api import add_score_api
 from serve_app.service.http import http_app
 from serve_app.service.instruments import PrometheusInstruments, Registered
+from serve_app.service.pod_chooser import PodChooser
 from serve_app.service.score_service import ScoreService
 from serve_app.supervision import Backoff, LoopGuard
 
@@ -74,7 +77,7 @@ class ScoreServer:
         self._read_again = read_again or (lambda: config)
         self._registered = Registered()
         self._stop = asyncio.Event()
-        self.http_port = self.grpc_port = 0
+        self.http_port = self.grpc_port = self.picker_port = 0
 
     async def run(self) -> None:
         """Until a signal, or `stop`."""
@@ -84,18 +87,25 @@ class ScoreServer:
         http, sockets = self._http()
         grpc_server = await self._grpc()
         serving = asyncio.create_task(http.serve(sockets=sockets))
-        watching = asyncio.create_task(self._watch())
+        picker = await self._picker()
+        background = [asyncio.create_task(self._watch())]
+        if self._discovery is not None:
+            background.append(asyncio.create_task(self._discovery.run()))
         logger.info("scores and choices at http://%s", _shown(self.config.http, self.http_port))
         if self.config.grpc:
             logger.info("gRPC at %s", _shown(self.config.grpc, self.grpc_port))
+        if self.config.picker:
+            logger.info("Envoy's endpoint picker (ext_proc) at %s", _shown(self.config.picker, self.picker_port))
         self._say_if_open()
         stopping = asyncio.create_task(self._stop.wait())
         await asyncio.wait((stopping, serving), return_when=asyncio.FIRST_COMPLETED)
         logger.info("ending: questions that are here are answered, for %g s at most", self.config.drain_s)
         await self._grpc_health.enter_graceful_shutdown()
         http.should_exit = True
-        await asyncio.gather(serving, grpc_server.stop(self.config.drain_s) if grpc_server else asyncio.sleep(0))
-        watching.cancel()
+        servers = [server for server in (grpc_server, picker) if server is not None]
+        await asyncio.gather(serving, *(server.stop(self.config.drain_s) for server in servers))
+        for task in background:
+            task.cancel()
         await asyncio.gather(*(model.decider.close() for model in self._models))
 
     def stop(self) -> None:
@@ -105,8 +115,9 @@ class ScoreServer:
 
     def _service(self) -> ScoreService:
         config, loop = self.config, asyncio.get_running_loop()
+        self._discovery = Discovery(config.discovery) if config.discovery else None
         self._models = [
-            LocalBackend(Decider(settings, loop, LocalHost(settings, url, self._registered)), url)
+            LocalBackend(Decider(settings, loop, LocalHost(settings, url, self._registered)), url, self._discovery)
             for settings in config.models
             for url in [self._embedded_url if settings.redis_url == EMBEDDED else settings.redis_url]
         ]
@@ -157,6 +168,23 @@ class ScoreServer:
             else server.add_insecure_port(config.grpc)
         )
         self._grpc_names = ("", *names)
+        await server.start()
+        return server
+
+    async def _picker(self) -> grpc.aio.Server | None:
+        config = self.config
+        if config.picker is None:
+            return None
+        most = config.limits.body_bytes
+        server = grpc.aio.server(options=[*server_options(most), ("grpc.so_reuseport", int(config.workers > 1))])
+        chooser = PodChooser(self.service, self._models[0], config.lease_s, logger)
+        add_picker(server, chooser, max_body_bytes=most)
+        health_pb2_grpc.add_HealthServicer_to_server(self._grpc_health, server)
+        self.picker_port = (
+            server.add_secure_port(config.picker, grpc_credentials(config.tls))
+            if config.tls
+            else server.add_insecure_port(config.picker)
+        )
         await server.start()
         return server
 
