@@ -109,6 +109,18 @@ bench-hybrid: setup ## the index match for engines with several KV cache groups,
 bench-router: setup ## what a decision costs with 8, 64 and 256 replicas, and how long the collector holds it
 	@$(BIN)/python benchmarks/bench_router.py $(ARGS)
 
+.PHONY: bench-score
+bench-score: setup ## what a score costs in process, over HTTP and gRPC, and in Ray's graph
+	@$(BIN)/python benchmarks/bench_score.py $(ARGS)
+
+.PHONY: bench-picker
+bench-picker: setup ## what Envoy's endpoint picker adds to a request
+	@$(BIN)/python benchmarks/bench_picker.py $(ARGS)
+
+.PHONY: protos
+protos: ## write the modules of serve_app/protos again (needs grpcio-tools)
+	@PYTHON=$(BIN)/python scripts/protos.sh
+
 .PHONY: bench-write-path
 bench-write-path: setup ## from KV events to Redis and to a mirror: rates, delay, memory
 	@$(BIN)/python benchmarks/bench_write_path.py $(ARGS)
