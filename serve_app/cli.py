@@ -284,8 +284,10 @@ def _identity_of(server: str, model: str) -> tuple[tuple[str, str], ...]:
 
 
 def _run_publisher(config: PublisherConfig) -> None:
+    from serve_app.events.heap import give_back
     from serve_app.events.publisher import Publisher
 
+    give_back()
     Publisher(config).run(_stop_signal())
 
 
@@ -326,7 +328,7 @@ def serve_scores(
     """Serve scores and choices over HTTP and gRPC, without Ray. SIGTERM ends it gently; SIGHUP reads again."""
     require_module("grpc_health", "kvcache serve-scores", "service")
     from serve_app.service.config import ServiceConfig, parse_config, read_mapping
-    from serve_app.service.workers import serve
+    from serve_app.service.workers import leave, serve
 
     if config is None and not model:
         raise ConfigError(
@@ -343,6 +345,7 @@ def serve_scores(
 
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s")
     serve(read)
+    leave()
 
 
 @app.command()

@@ -15,11 +15,13 @@ import threading
 import msgspec
 
 from serve_app.errors import ConfigError
+from serve_app.events.heap import give_back
 from serve_app.events.publisher import Publisher, PublisherConfig
 
 
 def main() -> None:
     logging.basicConfig(level=logging.INFO, format="%(asctime)s kvcache-publisher %(levelname)s %(message)s")
+    give_back()
     stop = threading.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: stop.set())
