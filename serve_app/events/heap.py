@@ -1,8 +1,8 @@
 """glibc's heap in a publisher: what is freed goes back to the system.
 
-A publisher's tables grow and shrink by megabytes. glibc takes such pieces from the system one by one, until it has freed
-some; then it raises its threshold, takes the next ones from the heap, and blocks that outlive them keep its top in
-place. Measured with caches that are reset again and again: 61 MB at most, 56 with this (docs/benchmarks.md, "Soak").
+A publisher's tables grow and shrink by megabytes. glibc takes such pieces from the system one by one, until it has
+freed some. Then it raises its threshold, takes the next ones from the heap, and what outlives them keeps the heap's top
+in place. Measured with caches that are reset again and again: 61 MB at most, 56 with this (docs/benchmarks.md, "Soak").
 """
 
 from __future__ import annotations

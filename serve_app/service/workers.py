@@ -78,7 +78,7 @@ def run_one(server: ScoreServer) -> None:
 
 
 def leave() -> NoReturn:
-    """End the process at once. All is done, but a thread may still be loading a tokenizer from a network that is gone."""
+    """End the process at once: all is done, but a thread may be loading a tokenizer from a network that is gone."""
     logging.shutdown()
     os._exit(0)
 
