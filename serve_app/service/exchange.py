@@ -35,6 +35,7 @@ SUBSET_NAMESPACE = "envoy.lb.subset_hint"
 
 Answers = Sequence[wire.ProcessingResponse]
 
+_FILTER = "envoy.filters.http.ext_proc"  # under which attributes come
 _NOT_CHOSEN = Picked((), reason="error")
 _SESSION_HEADERS = ("x-session-id", "x_session_id")
 _NO_ENDPOINT = msgspec.json.encode(
@@ -76,7 +77,8 @@ class Exchange:
         self._held_bytes = 0
         self._picked: Picked | None = None
         self._asked = self._refused = self._over = False
-        self._is_good = self._has_token = False
+        self._is_good: bool | None = None  # the answer; None: not known yet
+        self._has_token = False
         self._end = AnswerEnd()
 
     async def take(self, message: wire.ProcessingRequest) -> Answers:
@@ -216,6 +218,8 @@ class Exchange:
         response.clear_route_cache = True
         named = answer.dynamic_metadata.fields[DESTINATION_NAMESPACE].struct_value
         named.fields[DESTINATION].string_value = endpoints
+        if picked.reason:
+            named.fields[REASON_HEADER].string_value = picked.reason
         return answer
 
     def _watch(self, answer: wire.ProcessingResponse, request_mode: wire.BodySendMode) -> None:
@@ -232,10 +236,7 @@ class Exchange:
     # ------------------------------------------------------------------------------------------ the response
 
     def _response_headers(self, message: wire.ProcessingRequest) -> Answers:
-        self._is_good = self._is_generation and _headers(message.response_headers).get(":status", "").startswith("2")
-        served = _metadata(message.metadata_context, DESTINATION_NAMESPACE, SERVED)
-        if served is not None and self._picked is not None and served.string_value not in self._picked.endpoints[:1]:
-            self._counters["served_by_another"] += 1
+        self._answered(message, _headers(message.response_headers).get(":status", ""))
         answer = wire.ProcessingResponse()
         answer.response_headers.SetInParent()
         if self._picked is not None and self._picked.reason:
@@ -246,6 +247,8 @@ class Exchange:
 
     def _response_body(self, message: wire.ProcessingRequest) -> Answers:
         body, is_last = message.response_body.body, message.response_body.end_of_stream
+        if self._is_good is None:  # no headers have come; if the attribute has not either, it is taken to be good
+            self._answered(message, _attribute(message, "response.code") or "200")
         if self._is_good:
             self._end.passed(body)
             if body and not self._has_token:
@@ -256,6 +259,13 @@ class Exchange:
         if self._response_mode == wire.FULL_DUPLEX_STREAMED:
             return (_given_back("response_body", body, is_last),)
         return (_GO_ON_WITH_RESPONSE_BODY,)
+
+    def _answered(self, message: wire.ProcessingRequest, status: str) -> None:
+        self._is_good = self._is_generation and status.startswith("2")
+        named = _metadata(message.metadata_context, DESTINATION_NAMESPACE, SERVED)
+        served = _attribute(message, "upstream.address") if named is None else named.string_value
+        if served and self._picked is not None and served not in self._picked.endpoints[:1]:
+            self._counters["served_by_another"] += 1
 
     def _response_trailers(self) -> Answers:
         self._ended(self._end.usage())
@@ -298,6 +308,14 @@ def _headers(part: wire.HttpHeaders) -> dict[str, str]:
     for one in part.headers.headers:
         headers.setdefault(one.key, one.raw_value.decode("latin-1") if one.raw_value else one.value)
     return headers
+
+
+def _attribute(message: wire.ProcessingRequest, name: str) -> str:
+    """Of those that the filter's `response_attributes` name; empty: it has not come."""
+    value = message.attributes[_FILTER].fields.get(name) if _FILTER in message.attributes else None
+    if value is None:
+        return ""
+    return value.string_value or str(int(value.number_value))
 
 
 def _length(headers: Mapping[str, str]) -> int:
