@@ -76,7 +76,7 @@ class Exchange:
         self._held: list[bytes] = []  # chunks that Envoy has handed over, until they are given back
         self._held_bytes = 0
         self._picked: Picked | None = None
-        self._asked = self._refused = self._over = False
+        self._asked = self._refused = self.is_over = False
         self._is_good: bool | None = None  # the answer; None: not known yet
         self._has_token = False
         self._end = AnswerEnd()
@@ -100,7 +100,7 @@ class Exchange:
 
     def close(self) -> None:
         """Nothing more will come."""
-        if self._asked and not self._over and self._is_generation:
+        if self._asked and not self.is_over and self._is_generation:
             self._counters["cut_off"] += 1
         self._ended(Usage())
 
@@ -274,8 +274,8 @@ class Exchange:
         return (answer,)
 
     def _ended(self, usage: Usage) -> None:
-        if not self._over and self._asked:
-            self._over = True
+        if not self.is_over and self._asked:
+            self.is_over = True
             self._chooser.ended(self._request_id, usage.prompt_tokens, usage.cached_tokens)
 
 
