@@ -37,6 +37,7 @@ Answers = Sequence[wire.ProcessingResponse]
 
 _FILTER = "envoy.filters.http.ext_proc"  # under which attributes come
 _NOT_CHOSEN = Picked((), reason="error")
+_REQUEST_ID = "x-request-id"
 _SESSION_HEADERS = ("x-session-id", "x_session_id")
 _NO_ENDPOINT = msgspec.json.encode(
     {
@@ -69,6 +70,7 @@ class Exchange:
         self._counters = counters
         self._failed = failed
         self._request_id = ""
+        self._engine_headers: Mapping[str, str] = {}
         self._session = ""
         self._subset: Sequence[str] | None = None
         self._request_mode = self._response_mode = wire.NONE
@@ -111,7 +113,9 @@ class Exchange:
         self._request_mode = message.protocol_config.request_body_mode
         self._response_mode = message.protocol_config.response_body_mode
         headers = _headers(message.request_headers)
-        self._request_id = headers.get("x-request-id") or str(uuid.uuid4())
+        named = headers.get(_REQUEST_ID)
+        self._request_id = named or str(uuid.uuid4())
+        self._engine_headers = {} if named else {_REQUEST_ID: self._request_id}
         self._session = next((headers[name] for name in _SESSION_HEADERS if name in headers), "")
         self._subset = _subset(message.metadata_context)
         path = headers.get(":path", "").partition("?")[0].rstrip("/")
@@ -214,7 +218,7 @@ class Exchange:
             _set(refused.immediate_response.headers, {"content-type": "application/json", "retry-after": "1"})
             return refused
         endpoints = ",".join(picked.endpoints)
-        _set(response.header_mutation, {**picked.headers, DESTINATION: endpoints})
+        _set(response.header_mutation, {**self._engine_headers, **picked.headers, DESTINATION: endpoints})
         response.clear_route_cache = True
         named = answer.dynamic_metadata.fields[DESTINATION_NAMESPACE].struct_value
         named.fields[DESTINATION].string_value = endpoints

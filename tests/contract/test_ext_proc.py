@@ -399,6 +399,11 @@ class TestTrouble:
         chunk = answers[1].request_body.response.body_mutation.streamed_response
         assert (chunk.body, chunk.end_of_stream) == (b"{}", False)
         assert script.asked[0].body == b"{}"
+        named = {
+            one.header.key: one.header.raw_value
+            for one in answers[0].request_headers.response.header_mutation.set_headers
+        }
+        assert named["x-request-id"].decode() == script.asked[0].request_id != ""  # the engine has it too
 
 
 async def ask(gateway: Gateway, *messages: bytes) -> list[object]:
