@@ -137,6 +137,10 @@ bench-fleet: bench-setup ## routing policies on a simulated fleet of GPU replica
 bench-real: setup ## real vLLM engines: KV-aware beside its baselines, Ray's prefix router and vllm-router
 	@$(BIN)/python benchmarks/bench_real.py $(ARGS)
 
+.PHONY: bench-picker
+bench-picker: setup ## what the Envoy endpoint picker adds to a request, over the same Envoy without it
+	@$(BIN)/python benchmarks/bench_picker.py $(ARGS)
+
 .PHONY: soak
 soak: setup ## an hour of load: memory, file descriptors, Redis, truth (Ctrl-C ends it early; ARGS='--minutes 20', ARGS=--quick)
 	@$(BIN)/python benchmarks/soak.py $(ARGS)

@@ -205,6 +205,7 @@ def _changed(shipped: dict[str, Any], listener: Listener, port: int, engines: Se
         case Listener.FULL_DUPLEX:
             mode |= {"request_body_mode": "FULL_DUPLEX_STREAMED", "request_trailer_mode": "SEND"}
             mode |= {"response_body_mode": "FULL_DUPLEX_STREAMED", "response_trailer_mode": "SEND"}
+            mode["response_header_mode"] = "SEND"
         case Listener.SUBSET:
             filters.insert(0, _subset_hint(engines[1:]))
         case Listener.NO_SUBSET:
