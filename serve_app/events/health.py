@@ -165,17 +165,17 @@ class _Metrics(Collector):
         )
         yield _counter("joins", "Times that everything was published.", (((p.name,), r.joins) for p, r in told), "pod")
         for name, text, values in (
-            ("blocks", "Blocks that the engine holds.", {p: float(r.blocks) for p, r in told}),
-            ("joined", "Whether the pod's record is in Redis.", {p: float(r.joined) for p, r in told}),
-            ("degraded", "Whether what is believed may be wrong.", {p: float(r.degraded) for p, r in told}),
+            ("blocks", "Blocks that the engine holds.", [(p, r.blocks) for p, r in told]),
+            ("joined", "Whether the pod's record is in Redis.", [(p, r.joined) for p, r in told]),
+            ("degraded", "Whether what is believed may be wrong.", [(p, r.degraded) for p, r in told]),
             (
                 "heartbeat_age_seconds",
                 "Since Redis has confirmed the last heartbeat.",
-                {p: r.heartbeat_age_s + now_s - p.heard_at_s for p, r in told if r.heartbeat_age_s >= 0},
+                [(p, r.heartbeat_age_s + now_s - p.heard_at_s) for p, r in told if r.heartbeat_age_s >= 0],
             ),
         ):
             family = GaugeMetricFamily(f"kvcache_publisher_{name}", text, labels=["pod"])
-            for pod, value in values.items():
+            for pod, value in values:
                 family.add_metric([pod.name], value)
             yield family
 

@@ -72,7 +72,6 @@ class PublisherConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     replay_endpoint: str | None = None
     topic: str = ""
     block_size: int = 0
-    block_size_is_learned: bool = False  # `block_size` is what to join with until an event tells it
     capacity: int = 0  # blocks of the engine's GPU cache; 0: unknown, and lost events are never made up for
     groups: tuple[EngineGroup, ...] = ()  # the engine's KV cache groups, in its order; empty: its events tell
     eagle: bool = False  # without `groups`: the engine speculates with EAGLE or MTP, which events do not tell
@@ -96,6 +95,7 @@ class PublisherConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     replica: str = ""  # with a rank: where requests for it are sent; `pod` is a name of its own, or the same
     lease_ttl_s: float = LEASE_TTL_S
     attached: tuple[str, ...] = ()  # shared domains that the engine loads from
+    block_size_is_learned: bool = False  # `block_size` is what to join with until an event tells it
     lmcache: LMCacheStream | None = None  # `endpoint` is an LMCache server, `pod` the name of its domain
 
     @property
