@@ -59,7 +59,6 @@ class Api:
         self.metrics = with_labels(captured("metrics-idle.txt"), **labels)
         self.models = model_list(*names)
         self.vocabulary = 0  # another tokenizer makes other ids
-        self.asked: list[str] = []
         self.answers: dict[str, Callable[[Any], Answer]] = {
             "/health": lambda _: (200, b""),
             "/version": lambda _: (200, b'{"version": "0.29.0"}'),
@@ -76,8 +75,10 @@ class Api:
             protocol_version = "HTTP/1.1"
 
             def do_GET(self) -> None:
+                if api._server is not self.server:  # it is stopped: nobody answers on connections that are left
+                    self.close_connection = True
+                    return
                 path = self.path.partition("?")[0]
-                api.asked.append(path)
                 body = self.rfile.read(int(self.headers.get("content-length") or 0))
                 answer = api.answers.get(path)
                 status, told = (
@@ -99,11 +100,10 @@ class Api:
 
     def stop(self) -> None:
         """Nobody listens on its port any more; connections that are open end with their next request."""
-        if self._server is not None:
-            self.answers, kept = dict.fromkeys(self.answers, lambda _: (500, b"")), self.answers
-            self._server.shutdown()
-            self._server.server_close()
-            self._server, self.answers = None, kept
+        server, self._server = self._server, None
+        if server is not None:
+            server.shutdown()
+            server.server_close()
 
     def restart(self) -> None:
         """Another process: it says that it has started at another time."""

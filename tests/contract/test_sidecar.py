@@ -1,4 +1,4 @@
-"""`kvcache publish --server` beside an engine whose HTTP endpoints are played, and whose event sockets are vLLM's own."""
+"""`kvcache publish --server` beside an engine: its HTTP endpoints are played, its event sockets are vLLM's own."""
 
 from __future__ import annotations
 
