@@ -44,12 +44,13 @@ class WireError(KVCacheError):
 class EngineAway(KVCacheError):
     """An engine's HTTP server does not answer now, or answers that it cannot.
 
-    `refused`: nobody listens on its port, so its process is gone or not there yet.
+    `refused`: nobody listens on its port, so its process is gone or not there yet. `status`: its answer; 0: none.
     """
 
-    def __init__(self, message: str, *, refused: bool = False) -> None:
+    def __init__(self, message: str, *, refused: bool = False, status: int = 0) -> None:
         super().__init__(message)
         self.refused = refused
+        self.status = status
 
 
 class RecordNotUnderstood(KVCacheError):

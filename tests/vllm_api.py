@@ -58,6 +58,7 @@ class Api:
         self.url = f"http://127.0.0.1:{self.port}"
         self.metrics = with_labels(captured("metrics-idle.txt"), **labels)
         self.models = model_list(*names)
+        self.key = ""  # that it wants
         self.vocabulary = 0  # another tokenizer makes other ids
         self.answers: dict[str, Callable[[Any], Answer]] = {
             "/health": lambda _: (200, b""),
@@ -80,7 +81,9 @@ class Api:
                     return
                 path = self.path.partition("?")[0]
                 body = self.rfile.read(int(self.headers.get("content-length") or 0))
-                answer = api.answers.get(path)
+                given = self.headers.get("authorization")
+                refused = api.key and path.startswith("/v1") and given != f"Bearer {api.key}"
+                answer = (lambda _: (401, b"{}")) if refused else api.answers.get(path)
                 status, told = (
                     answer(json.loads(body) if body else None) if answer else (404, b'{"detail": "Not Found"}')
                 )

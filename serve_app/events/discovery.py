@@ -16,6 +16,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+import httpx
 import msgspec
 
 from serve_app.errors import ConfigError, EngineAway
@@ -124,7 +125,12 @@ def discover(server: EngineServer, model: str = "") -> EngineFacts:
         )
 
     def tokenize(body: dict[str, Any]) -> Any:
-        answer = server.post("/tokenize", body)
+        try:
+            answer = server.post("/tokenize", body)
+        except EngineAway as error:
+            if error.status != httpx.codes.INTERNAL_SERVER_ERROR:
+                raise
+            return None  # a template that fails on this request, say
         return answer.json() if answer.ok else None
 
     return EngineFacts(

@@ -95,7 +95,7 @@ class EngineServer:
         except httpx.HTTPError as error:
             raise EngineAway(f"{path}: {str(error) or type(error).__name__}", refused=_is_refused(error)) from error
         if status >= httpx.codes.INTERNAL_SERVER_ERROR:
-            raise EngineAway(f"{path} answers {status}")
+            raise EngineAway(f"{path} answers {status}", status=status)
         return Answer(status, bytes(received))
 
 

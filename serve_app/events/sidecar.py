@@ -80,6 +80,7 @@ class Sidecar:
         self._waiting_for = f"the engine at {server.url}"
         self._scrapes: Counter[str] = Counter()  # by result
         self._say_at_s: dict[str, float] = {}
+        self._waiting_since_s: float | None = None
         self.snapshot = self._look()
 
     def run(self, stop: threading.Event) -> None:
@@ -99,7 +100,7 @@ class Sidecar:
                     raise
                 self._wait(f"an engine that can be published: {error}", stop)
             else:
-                self._say_at_s.clear()
+                self._say_at_s, self._waiting_since_s = {}, None
                 self._publish(facts, configs, stop)
 
     def _wait(self, what: str, stop: threading.Event) -> None:
@@ -107,9 +108,11 @@ class Sidecar:
         self._waiting_for = what
         self.snapshot = self._look()
         now_s = time.monotonic()
+        if self._waiting_since_s is None:
+            self._waiting_since_s = now_s
         if now_s >= self._say_at_s.get(what, 0.0):
             self._say_at_s = {what: now_s + _SAY_AGAIN_S}
-            logger.info("waiting for %s", what)
+            logger.info("waiting for %s (for %.0f s)", what, now_s - self._waiting_since_s)
         stop.wait(_PAUSE_S)
 
     def _publish(self, facts: EngineFacts, configs: Sequence[PublisherConfig], stop: threading.Event) -> None:

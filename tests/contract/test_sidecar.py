@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import signal
+import socket
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -15,6 +18,9 @@ import httpx
 import psutil
 import pytest
 
+from serve_app.errors import EngineAway
+from serve_app.events.server import EngineServer
+from serve_app.events.source import answers_replay
 from serve_app.index.mirror import Mirror
 from serve_app.ports import free_port, free_ports
 from serve_app.types import Domain, PodId
@@ -320,6 +326,63 @@ def test_options_that_contradict(api: Api, start: Start, options: tuple[str, ...
     sidecar = start(api.url, *options)
     assert sidecar.process.wait(START_S) == 1
     assert expected in sidecar.log
+
+
+def test_a_probe_that_the_engine_fails_at_is_left_out(api: Api, start: Start, mirror: Mirror) -> None:
+    """A chat template that raises, say."""
+    tokenize = api.answers["/tokenize"]
+    api.answers["/tokenize"] = lambda body: (500, b"") if "tools" in body else tokenize(body)
+    api.start()
+    start(api.url, "--pod", "p")
+    eventually(lambda: record(mirror) is not None, START_S)
+    assert [part for part, _ in record(mirror).spec.identity] == ["probe:chat", "probe:text", "probe:turns"]  # type: ignore[union-attr]
+
+
+def test_a_server_with_a_key(api: Api, start: Start, mirror: Mirror, monkeypatch: pytest.MonkeyPatch) -> None:
+    api.key = "secret"
+    api.start()
+    sidecar = start(api.url, "--pod", "p")
+    assert sidecar.process.wait(START_S) == 1
+    assert "wants a key" in sidecar.log
+    monkeypatch.setenv("VLLM_API_KEY", "secret")
+    start(api.url, "--pod", "p")
+    eventually(lambda: record(mirror) is not None, START_S)
+
+
+def test_a_replay_socket_is_known_by_its_answer(engine: Engine) -> None:
+    engine.store(range(16))
+    assert answers_replay(engine.replay_endpoint.replace("*", "127.0.0.1"), 10.0)
+    assert not answers_replay(f"tcp://127.0.0.1:{free_port()}", 0.2)
+    with socket.create_server(("127.0.0.1", 0)) as other:  # somebody else's
+        assert not answers_replay(f"tcp://127.0.0.1:{other.getsockname()[1]}", 0.2)
+
+
+def test_an_answer_has_a_limit_of_time_and_size() -> None:
+    """Whatever the server does, a question ends."""
+
+    def drip(client: socket.socket) -> None:
+        for _ in range(100):
+            client.sendall(b"x")
+            time.sleep(0.05)
+
+    def flood(client: socket.socket) -> None:
+        while True:
+            client.sendall(b"x" * 65536)
+
+    for send, why in ((drip, "takes more than 0.5 s"), (flood, "answers more than 16 MiB")):
+        with socket.create_server(("127.0.0.1", 0)) as listening:
+
+            def serve(listening: socket.socket = listening, send: Callable[..., None] = send) -> None:
+                client, _ = listening.accept()
+                with client, contextlib.suppress(OSError):
+                    client.sendall(b"HTTP/1.1 200 OK\r\n\r\n")
+                    send(client)
+
+            threading.Thread(target=serve, daemon=True).start()
+            server = EngineServer(f"http://127.0.0.1:{listening.getsockname()[1]}")
+            with pytest.raises(EngineAway, match=why):
+                server.get("/metrics", 0.5 if send is drip else 30.0)
+            server.close()
 
 
 def test_a_slow_server_is_waited_for(api: Api, start: Start, mirror: Mirror) -> None:
