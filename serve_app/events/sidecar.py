@@ -49,6 +49,7 @@ def run_sidecar(given: Given, url: str, api_key: str, listen: str, stop: threadi
     Raises:
         ConfigError: see Sidecar.run, EngineServer and HealthServer.
     """
+    logging.getLogger("httpx").setLevel(logging.WARNING)  # it logs every scrape
     given.check(discovers=True)
     server = EngineServer(url, api_key)
     sidecar = Sidecar(given, server)

@@ -135,6 +135,7 @@ def test_server_and_redis_are_enough(api: Api, engine: Engine, start: Start, mir
     eventually(lambda: sidecar.metric(f'blocks{{pod="{pod}"}} 4.0'))
     assert sidecar.metric(f'events_total{{pod="{pod}",result="applied"}} 1.0')
     assert sidecar.metric("engine_up 1.0")
+    assert "HTTP Request" not in sidecar.log  # two scrapes a second are no news
     assert sidecar.ends() == 0
     eventually(lambda: mirror.pods() == [])
 

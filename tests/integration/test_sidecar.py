@@ -5,9 +5,9 @@ from __future__ import annotations
 import socket
 import subprocess
 import sys
-import threading
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import httpx
@@ -119,18 +119,16 @@ def test_a_server_its_load_and_its_restart(
 def check_load(mirror: Mirror, vllm: Vllm, pod: PodId) -> None:
     """Requests are in flight while they are, and what they have cost is told when they have ended."""
     list(mirror.served())
-    asked = [BODY | {"messages": [{"role": "user", "content": f"{n} " * 300}], "max_tokens": 200} for n in (7, 8)]
-    threads = [threading.Thread(target=vllm.ask, args=(body | {"ignore_eos": True},)) for body in asked]
-    for thread in threads:
-        thread.start()
+    asked = [BODY | {"messages": [{"role": "user", "content": f"{n} " * 300}], "max_tokens": 64} for n in (7, 8)]
 
     def in_flight() -> int:
         load = mirror.load(pod)
         return -1 if load is None or time.monotonic() > load.received_at_s + 2.0 else load.in_flight
 
-    eventually(lambda: in_flight() == 2, 60)
-    for thread in threads:
-        thread.join()
+    with ThreadPoolExecutor() as pool:
+        answers = [pool.submit(vllm.ask, body | {"ignore_eos": True}) for body in asked]
+        eventually(lambda: in_flight() == 2, 60)
+        assert [answer.result()[1] for answer in answers] == [0, 0]
     eventually(lambda: in_flight() == 0, 20)
     served = [one for _, several in mirror.served() for one in several]
     assert served
