@@ -22,9 +22,11 @@ from serve_app.errors import ConfigError
 from serve_app.events.discovery import Cache, EngineFacts
 from serve_app.events.endpoint import check_endpoint, endpoint_of_rank
 from serve_app.events.engine_groups import EngineGroup
+from serve_app.events.engine_hash import EngineHasher
 from serve_app.events.publisher import PublisherConfig
 from serve_app.events.server import EngineServer
 from serve_app.events.source import answers_replay
+from serve_app.index.connection import connect
 from serve_app.types import pod_of_rank
 
 logger = logging.getLogger(__name__)
@@ -75,6 +77,8 @@ class Given:
         missing = [f"--{name}" for name in ("engine", "pod", "model") if not getattr(self, name)]
         if missing and not discovers:
             raise ConfigError(f"{', '.join(missing)} must be given, or --server URL, which tells them")
+        connect(self.redis_url, name="kvcache-publisher").close()
+        EngineHasher(self.hash_algorithm or _DEFAULT_HASH, self.hash_seed)
         if self.engine:
             check_endpoint(self.engine, "--engine")
         if self.replay:
@@ -152,7 +156,7 @@ def with_server(given: Given, server: EngineServer, facts: EngineFacts) -> list[
         served_names=tuple(dict.fromkeys(name for name in names if name != model)),
         pooling=given.pooling or settings.pooling,
         eagle=given.eagle or settings.eagle,
-        hash_algorithm=given.hash_algorithm or cache.hash_algorithm or _DEFAULT_HASH,
+        hash_algorithm=given.hash_algorithm or _known_hash(cache.hash_algorithm),
         offload_chunk_blocks=given.offload_chunk_blocks or settings.offload_chunk_blocks or 1,
         identity=facts.identity,
     )
@@ -167,6 +171,18 @@ def address_of(given: str, server: EngineServer) -> str:
         host = f"[{host}]" if ipaddress.ip_address(host).version == 6 else host
     _, colon, port = host.rpartition("]")[2].rpartition(":")
     return host if colon and port.isdecimal() else f"{host}:{server.port}"
+
+
+def _known_hash(algorithm: str) -> str:
+    """What the engine names, if we can compute it: only blocks of sparse attention need it."""
+    if not algorithm:
+        return _DEFAULT_HASH
+    try:
+        EngineHasher(algorithm)
+    except ConfigError as error:
+        logger.warning("%s; taken as %s", error, _DEFAULT_HASH)
+        return _DEFAULT_HASH
+    return algorithm
 
 
 def _config(given: Given) -> PublisherConfig:

@@ -114,6 +114,12 @@ def test_an_engine_that_gives_no_metrics() -> None:
     assert (config.block_size, config.capacity, config.hash_algorithm) == (0, 10, "sha256")
 
 
+def test_a_hash_of_a_later_vllm(caplog: pytest.LogCaptureFixture) -> None:
+    (config,) = plan(facts=facts(cache=Cache(32, 160, hash_algorithm="blake9")))
+    assert config.hash_algorithm == "sha256"
+    assert "'blake9' is none of vLLM's" in caplog.text
+
+
 def test_usual_ports_without_a_word_of_the_engines() -> None:
     (config,) = plan("http://10.0.0.1:8000", facts(settings=Settings(events=True)))
     assert (config.endpoint, config.replay_endpoint) == ("tcp://10.0.0.1:5557", None)
