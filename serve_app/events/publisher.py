@@ -418,11 +418,15 @@ class Publisher:
             return
         if why := check.capacity(blocks.copies):
             self._skipped["over_capacity"] += 1
-        elif self._in_flight and self._usage and time.monotonic() - self._fed_at_s <= FEED_LATE_S:
+        elif self._in_flight and self._usage and not self._is_late(time.monotonic()):
             in_use = round(self._usage * (self._config.capacity - 1))  # vLLM leaves its null block out
             if why := check.in_use(blocks.copies, in_use, self._in_flight, time.monotonic()):
                 self._skipped["not_heard"] += 1
         blocks.unsure = why
+
+    def _is_late(self, now_s: float) -> bool:
+        """Whether what was looked up once is too old to compare with."""
+        return self._momentary and now_s - self._fed_at_s > FEED_LATE_S
 
     def _unindexed(self) -> dict[str, str]:
         """Tiers that the engine uses and the index does not know."""

@@ -96,7 +96,7 @@ def test_a_server_its_load_and_its_restart(
 
         vllm.kill()
         eventually(lambda: mirror.pods() == [], 15)
-        assert not sidecar.ready()
+        eventually(lambda: not sidecar.ready(), 15)
 
         other = ("--block-size", str(2 * BLOCK), "--num-gpu-blocks-override", "100", "--served-model-name", MODEL)
         vllm = Vllm(model_path, tmp_path / "vllm-2.log", *other, ports=chosen, developer=tells)
@@ -112,8 +112,9 @@ def test_a_server_its_load_and_its_restart(
         if vllm.process.poll() is None:
             vllm.kill()
         sidecar.process.terminate()
+        ended = sidecar.process.wait(20)
         print(sidecar.log.read_text())
-    assert sidecar.process.wait(20) == 0
+    assert ended == 0
 
 
 def check_load(mirror: Mirror, vllm: Vllm, pod: PodId) -> None:
