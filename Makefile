@@ -113,10 +113,6 @@ bench-router: setup ## what a decision costs with 8, 64 and 256 replicas, and ho
 bench-score: setup ## what a score costs in process, over HTTP and gRPC, and in Ray's graph
 	@$(BIN)/python benchmarks/bench_score.py $(ARGS)
 
-.PHONY: bench-picker
-bench-picker: setup ## what Envoy's endpoint picker adds to a request
-	@$(BIN)/python benchmarks/bench_picker.py $(ARGS)
-
 .PHONY: protos
 protos: ## write the modules of serve_app/protos again (needs grpcio-tools)
 	@PYTHON=$(BIN)/python scripts/protos.sh
