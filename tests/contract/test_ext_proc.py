@@ -345,18 +345,18 @@ class TestTrouble:
     @pytest.mark.parametrize("name", ["listing", "original"])
     async def test_a_picker_that_is_stopped(self, gateway: Gateway, engines: list[Engine], name: str) -> None:
         envoy: Envoy = getattr(gateway, name)
-        async with picker_process(gateway, engines[1]) as process, envoy.client() as client:
-            assert "x-kvcache-reason" in (await client.post(CHAT, content=chat())).headers
+        impatient = envoy.client(Listener.IMPATIENT)
+        async with picker_process(gateway, engines[1]) as process, impatient as client, envoy.client() as patient:
+            assert "x-kvcache-reason" in (await patient.post(CHAT, content=chat())).headers
             process.send_signal(signal.SIGSTOP)
             for _ in range(3):
                 started_s = time.monotonic()
                 answer = await client.post(CHAT, content=chat())
                 assert answer.status_code == 200
                 assert "x-kvcache-reason" not in answer.headers
-                assert time.monotonic() - started_s < 2
+                assert time.monotonic() - started_s < 5
             process.send_signal(signal.SIGCONT)
-            await asyncio.sleep(0.2)
-            assert "x-kvcache-reason" in (await client.post(CHAT, content=chat())).headers
+            assert "x-kvcache-reason" in (await patient.post(CHAT, content=chat())).headers
 
     @pytest.mark.parametrize("listener", ALL_BODIES)
     async def test_a_chooser_that_fails(
