@@ -156,7 +156,7 @@ def start(options: argparse.Namespace, folder: Path, processes: Processes) -> No
         if status(f"http://{engine.address}/health") == 200:
             say(f"    {engine.address} is there already, and is left alone")
         else:
-            processes.start(f"vllm-{engine.api}", *vllm(engine, options.model, model_path), env=ENGINE_ENV)
+            processes.start(f"vllm-{engine.api}", *vllm(engine, options, model_path), env=ENGINE_ENV)
     for engine in engines:
         processes.wait(engine.address, lambda address=engine.address: status(f"http://{address}/health") == 200)
         say(f"    {engine.address} is up")
@@ -168,6 +168,7 @@ def start(options: argparse.Namespace, folder: Path, processes: Processes) -> No
             *(*kvcache, "publish", "--redis", f"unix://{socket_path()}", "--server", f"http://{engine.address}"),
             *("--engine", f"tcp://{HOST}:{engine.events}", "--replay", f"tcp://{HOST}:{engine.replay}"),
             *("--pod", engine.address, "--address", engine.address, *named, "--tokenizer", model_path),
+            *("--block-size", str(options.block_size)),
         )
     processes.wait("the index", lambda: status(f"{service}/readyz") == 200 and live(service) == len(engines))
 
@@ -178,16 +179,16 @@ def start(options: argparse.Namespace, folder: Path, processes: Processes) -> No
     processes.wait("Envoy", lambda: status(f"http://{HOST}:{options.admin}/ready") == 200)
 
 
-def vllm(engine: Engine, model: str, model_path: str) -> list[str]:
+def vllm(engine: Engine, options: argparse.Namespace, model_path: str) -> list[str]:
     events = (
         '{"enable_kv_cache_events": true, "publisher": "zmq", '
         f'"endpoint": "tcp://*:{engine.events}", "replay_endpoint": "tcp://*:{engine.replay}"}}'
     )
     return [
         *(sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", model_path),
-        *("--served-model-name", model, "--host", HOST, "--port", str(engine.api), "--max-model-len", "4096"),
-        *("--block-size", "32", "--dtype", fast_dtype(), "--enforce-eager", "--enable-prompt-tokens-details"),
-        *("--kv-events-config", events),
+        *("--served-model-name", options.model, "--host", HOST, "--port", str(engine.api)),
+        *("--block-size", str(options.block_size), "--max-model-len", "4096", "--dtype", fast_dtype()),
+        *("--enforce-eager", "--enable-prompt-tokens-details", "--kv-events-config", events),
     ]
 
 
@@ -239,6 +240,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--model", default="smollm2-135m-instruct", help="name that clients send")
     parser.add_argument("--source", default="builtin:smollm2-135m-instruct", help="folder or Hugging Face id")
     parser.add_argument("--engine", action="append", type=Engine.parse, help="API:EVENTS:REPLAY ports; repeatable")
+    parser.add_argument("--block-size", type=int, default=32, help="of the engines, in tokens (default: %(default)s)")
     for name, port in (("port", 8080), ("admin", 9901), ("picker", 9002), ("http", 8100), ("grpc", 8101)):
         parser.add_argument(f"--{name}", type=int, default=port, help="port (default: %(default)s)")
     return parser.parse_args()
