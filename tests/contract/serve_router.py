@@ -36,10 +36,11 @@ class Fleet:
         self.writer = RedisWriter(redis_url, MODEL, lease_ttl_s=60)
         self._spec = EngineSpec(MODEL, SIZE, tokenizer)
 
-    def join(self, replica: str, rank: int, *, holds: int = 0) -> Domain:
+    def join(self, replica: str, rank: int, *, holds: int = 0, address: str = "") -> Domain:
         """A rank that holds so many blocks of the prompt."""
         pod = pod_of_rank(replica, rank)
-        domain = Domain(DomainId(pod), Epoch(time.time_ns() // 1_000_000), self._spec, pod, rank=rank, replica=replica)
+        epoch = Epoch(time.time_ns() // 1_000_000)
+        domain = Domain(DomainId(pod), epoch, self._spec, pod, rank=rank, replica=replica, address=address)
         self.publish(domain, holds)
         return domain
 

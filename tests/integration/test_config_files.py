@@ -30,7 +30,8 @@ ROOT = Path(__file__).parents[2]
 
 
 def serve_configs() -> dict[str, dict[str, Any]]:
-    found = {path.name: yaml.safe_load(path.read_text()) for path in sorted((ROOT / "configs").glob("*.yaml"))}
+    paths = sorted([*(ROOT / "configs").glob("*.yaml"), *(ROOT / "examples").glob("*/*.yaml")])
+    found = {"/".join(path.relative_to(ROOT).parts[1:]): yaml.safe_load(path.read_text()) for path in paths}
     for document in yaml.safe_load_all((ROOT / "cluster/kubernetes/rayservice.yaml").read_text()):
         if document["kind"] == "RayService":
             found["rayservice.yaml"] = yaml.safe_load(document["spec"]["serveConfigV2"])
