@@ -363,8 +363,10 @@ class TestGrpc:
     async def test_health_and_reflection(self, service: Service) -> None:
         async with service.channel() as channel:
             for name in ("", "kvcache.v1.KVCache", "indexer.v1.IndexerService"):
-                answer = await health_pb2_grpc.HealthStub(channel).Check(health_pb2.HealthCheckRequest(service=name))
-                assert answer.status == health_pb2.HealthCheckResponse.SERVING, name
+                asked = health_pb2.HealthCheckRequest(service=name)
+                async for answer in health_pb2_grpc.HealthStub(channel).Watch(asked, timeout=20):  # told once a second
+                    if answer.status == health_pb2.HealthCheckResponse.SERVING:
+                        break
             call = reflection_pb2_grpc.ServerReflectionStub(channel).ServerReflectionInfo(
                 iter([reflection_pb2.ServerReflectionRequest(list_services="")])
             )
