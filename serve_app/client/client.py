@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import ssl
 import time
 from collections.abc import Sequence
 from types import TracebackType
@@ -22,10 +23,10 @@ TIMEOUT_S = 5.0
 T = TypeVar("T")
 
 
-def _settings(url: str, key: str | None, timeout_s: float) -> dict[str, Any]:
+def _settings(url: str, key: str | None, timeout_s: float, verify: ssl.SSLContext | bool) -> dict[str, Any]:
     key = os.environ.get(KEY_VARIABLE, "") if key is None else key
     headers = {"content-type": "application/json", **({"authorization": f"Bearer {key}"} if key else {})}
-    return {"base_url": url.rstrip("/"), "headers": headers, "timeout": timeout_s}
+    return {"base_url": url.rstrip("/"), "headers": headers, "timeout": timeout_s, "verify": verify}
 
 
 class KVCacheClient:
@@ -35,10 +36,13 @@ class KVCacheClient:
         url: of the service, or of the graph's application (http://gateway:8000/kvcache).
         key: of the service; None: that of the environment variable KVCACHE_API_KEY.
         timeout_s: of one attempt.
+        verify: with https: trusts these authorities; True: the usual ones.
     """
 
-    def __init__(self, url: str, key: str | None = None, timeout_s: float = TIMEOUT_S) -> None:
-        self._http = httpx.Client(**_settings(url, key, timeout_s))
+    def __init__(
+        self, url: str, key: str | None = None, timeout_s: float = TIMEOUT_S, verify: ssl.SSLContext | bool = True
+    ) -> None:
+        self._http = httpx.Client(**_settings(url, key, timeout_s, verify))
 
     def score(
         self, request: Body, pods: Sequence[str] | None = None, strategy: Strategy | str | None = None
@@ -115,8 +119,10 @@ class KVCacheClient:
 class AsyncKVCacheClient:
     """As KVCacheClient, on an event loop."""
 
-    def __init__(self, url: str, key: str | None = None, timeout_s: float = TIMEOUT_S) -> None:
-        self._http = httpx.AsyncClient(**_settings(url, key, timeout_s))
+    def __init__(
+        self, url: str, key: str | None = None, timeout_s: float = TIMEOUT_S, verify: ssl.SSLContext | bool = True
+    ) -> None:
+        self._http = httpx.AsyncClient(**_settings(url, key, timeout_s, verify))
 
     async def score(
         self, request: Body, pods: Sequence[str] | None = None, strategy: Strategy | str | None = None

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
+import ssl
 import time
 from collections.abc import AsyncIterator, Callable
 from pathlib import Path
@@ -24,6 +26,7 @@ from serve_app.service.backend import STRANGERS_MAX
 from serve_app.service.config import parse_config
 from serve_app.service.server import ScoreServer
 from serve_app.types import Found
+from tests.certificates import issue_certificates
 from tests.contract.serve_router import MODEL, SIZE, TOKENS, Fleet
 
 PROMPT = {"model": MODEL, "prompt": TOKENS}
@@ -375,6 +378,31 @@ class TestGrpc:
 
 
 class TestServing:
+    async def test_tls_on_both(self, redis_url: str, fleet: Fleet, tmp_path: Path) -> None:
+        issue_certificates(tmp_path)
+        fleet.join_plain("a", holds=6)
+        tls = {"certificate": str(tmp_path / "server.crt"), "key": str(tmp_path / "server.key")}
+        service = Service(redis_url, tls=tls)
+        await until(lambda: service.server.grpc_port > 0)
+        url = service.url.replace("http:", "https:")
+        trusting = ssl.create_default_context(cafile=str(tmp_path / "ca.crt"))
+        async with AsyncKVCacheClient(url, verify=trusting) as kv:
+            for _ in range(500):
+                with contextlib.suppress(ServiceError):
+                    if (await kv.score(PROMPT)).scores == {"a": 6 * SIZE}:
+                        break
+                await asyncio.sleep(0.02)
+            assert (await kv.choose(PROMPT)).chosen.pod == "a"
+        async with AsyncKVCacheClient(url, timeout_s=2) as doubting:
+            with pytest.raises(ServiceError, match="CERTIFICATE_VERIFY_FAILED"):
+                await doubting.score(PROMPT)
+        credentials = grpc.ssl_channel_credentials((tmp_path / "ca.crt").read_bytes())
+        async with grpc.aio.secure_channel(f"127.0.0.1:{service.server.grpc_port}", credentials) as channel:
+            prompt = kvcache_pb2.Prompt(token_ids=kvcache_pb2.TokenIds(ids=TOKENS))
+            answer = await kvcache_pb2_grpc.KVCacheStub(channel).Score(kvcache_pb2.ScoreRequest(prompt=prompt))
+            assert answer.pods["a"].score == 6 * SIZE
+        await service.close()
+
     async def test_ranks_are_named(self, redis_url: str, fleet: Fleet) -> None:
         fleet.join("r", 0, holds=1)
         fleet.join("r", 1, holds=5)
