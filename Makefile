@@ -113,10 +113,6 @@ bench-router: setup ## what a decision costs with 8, 64 and 256 replicas, and ho
 bench-score: setup ## what a score costs in process, over HTTP and gRPC, and in Ray's graph
 	@$(BIN)/python benchmarks/bench_score.py $(ARGS)
 
-.PHONY: bench-picker
-bench-picker: setup ## what Envoy's endpoint picker adds to a request
-	@$(BIN)/python benchmarks/bench_picker.py $(ARGS)
-
 .PHONY: protos
 protos: ## write the modules of serve_app/protos again (needs grpcio-tools)
 	@PYTHON=$(BIN)/python scripts/protos.sh
@@ -136,6 +132,10 @@ bench-fleet: bench-setup ## routing policies on a simulated fleet of GPU replica
 .PHONY: bench-real
 bench-real: setup ## real vLLM engines: KV-aware beside its baselines, Ray's prefix router and vllm-router
 	@$(BIN)/python benchmarks/bench_real.py $(ARGS)
+
+.PHONY: bench-picker
+bench-picker: setup ## what the Envoy endpoint picker adds to a request, over the same Envoy without it
+	@$(BIN)/python benchmarks/bench_picker.py $(ARGS)
 
 .PHONY: soak
 soak: setup ## an hour of load: memory, file descriptors, Redis, truth (Ctrl-C ends it early; ARGS='--minutes 20', ARGS=--quick)

@@ -38,12 +38,13 @@ from serve_app.service.picking import Picked  # noqa: E402
 
 HOST: Final = "127.0.0.1"
 NO_PICKER: Final = "no picker"
-_STREAMED: Final = {"response_body_mode": "STREAMED"}
-MODES: Final[Mapping[str, dict[str, str] | None]] = {  # the filter's processing_mode
+MODES: Final[Mapping[str, dict[str, str] | None]] = {  # what is changed in the filter's processing_mode
     NO_PICKER: None,
-    "BUFFERED": {"request_body_mode": "BUFFERED", **_STREAMED},
-    "BUFFERED_PARTIAL": {"request_body_mode": "BUFFERED_PARTIAL", **_STREAMED},
+    "as shipped": {},  # BUFFERED_PARTIAL, answers STREAMED without their headers
+    "BUFFERED": {"request_body_mode": "BUFFERED"},
+    "answer not watched": {"response_body_mode": "NONE"},
     "FULL_DUPLEX_STREAMED": {
+        "response_header_mode": "SEND",
         "request_body_mode": "FULL_DUPLEX_STREAMED",
         "response_body_mode": "FULL_DUPLEX_STREAMED",
         "request_trailer_mode": "SEND",
@@ -104,7 +105,9 @@ def envoy_settings(admin: int, engine_port: int, picker_port: int, ports: Sequen
         if mode is None:
             del filters[0]
         else:
-            filters[0]["typed_config"]["processing_mode"] = mode
+            filters[0]["typed_config"]["processing_mode"] |= mode
+            if name == "answer not watched":
+                filters[0]["typed_config"]["allow_mode_override"] = False  # else the picker asks for it
         static["listeners"].append(listener)
     return settings
 

@@ -40,7 +40,7 @@ from benchmarks.soak.children import Children  # noqa: E402
 from benchmarks.soak.real import RealEngine, start_real_engines  # noqa: E402
 from benchmarks.soak.report import Seen, report  # noqa: E402
 from benchmarks.soak.truth import Truth  # noqa: E402
-from benchmarks.soak.verdict import TEN_MINUTES_S  # noqa: E402
+from benchmarks.soak.verdict import WARM_UP_S  # noqa: E402
 from benchmarks.soak.wire import Asker, EnginesConfig, FollowerConfig, control, events, replay  # noqa: E402
 from serve_app.events.publisher import PublisherConfig  # noqa: E402
 from serve_app.index.keyspace import Keyspace  # noqa: E402
@@ -49,7 +49,7 @@ from serve_app.types import ModelId  # noqa: E402
 
 MODEL = ModelId("smol")  # of all engines, so that one mirror follows 64 pods
 BLOCK_SIZE = 32  # tokens; vLLM's CPU attention takes no less
-CLEAR_ALL_FROM, CLEAR_ALL_UNTIL = 0.35, 0.85  # of the warm-up: the pools are full, and fill up again
+CLEAR_ALL_FROM, CLEAR_ALL_UNTIL = 0.2, 0.3  # of the warm-up: the pools are full, and fill up again
 SAMPLE_S, TRUTH_S, SAY_S = 1.0, 2.0, 10.0
 START_S = 600.0  # everything imports at once, on a small machine
 
@@ -82,7 +82,7 @@ class Soak:
         )
         self._askers["follower"] = Asker(control(self._folder, "follower"))
         self._real = start_real_engines(args.engines, children, self._url, MODEL, BLOCK_SIZE)
-        warm_up_s = min(TEN_MINUTES_S, args.minutes * 60 / 2)
+        warm_up_s = min(WARM_UP_S, args.minutes * 60 / 2)
         for i in range(args.engine_processes):
             name, pods = f"engines-{i}", self._pods[i :: args.engine_processes]
             config = EnginesConfig(

@@ -132,31 +132,44 @@ def status() -> None:
 
 @app.command()
 def publish(
-    engine: Annotated[str, typer.Option(help="The engine's KV event socket, e.g. tcp://host:5557.")],
     redis: Annotated[str, typer.Option(help="URL as in `redis_url` of the settings.", envvar="KVCACHE_REDIS_URL")],
-    pod: Annotated[str, typer.Option(help="Name of this engine in scores.")],
-    model: Annotated[str, typer.Option(help="Model id that clients send.")],
-    replay: Annotated[str | None, typer.Option(help="The engine's replay socket; without it gaps are lost.")] = None,
-    tokenizer: Annotated[str, typer.Option(help="Tokenizer path or Hugging Face id, if not the model's id.")] = "",
-    chat_template: Annotated[Path | None, typer.Option(help="Jinja file, if the engine was given one.")] = None,
     server: Annotated[
         str,
-        typer.Option(help="URL of the engine's API: its /tokenize proves that routers make the engine's prompts."),
+        typer.Option(
+            help="URL of the engine's API, e.g. http://127.0.0.1:8000. It tells what is not given here, and the load."
+        ),
     ] = "",
+    engine: Annotated[
+        str, typer.Option(help="The engine's KV event socket; with --server by default tcp://HOST:5557.")
+    ] = "",
+    replay: Annotated[
+        str,
+        typer.Option(help="Its replay socket, by default port 5558 if it answers there; without it gaps are lost."),
+    ] = "",
+    pod: Annotated[str, typer.Option(help="Name of this engine in scores; by default its address.")] = "",
+    model: Annotated[str, typer.Option(help="Model id that clients send; by default the first that it serves.")] = "",
+    address: Annotated[
+        str, typer.Option(help="host:port where clients reach the server; by default of POD_IP, else this host's name.")
+    ] = "",
+    listen: Annotated[
+        str, typer.Option(help="With --server: host:port for /healthz, /readyz and /metrics, e.g. 0.0.0.0:9411.")
+    ] = "",
+    api_key: Annotated[str, typer.Option(help="vLLM's --api-key.", envvar="VLLM_API_KEY", show_default=False)] = "",
+    tokenizer: Annotated[str, typer.Option(help="Tokenizer path or Hugging Face id, if not the model's own.")] = "",
+    chat_template: Annotated[Path | None, typer.Option(help="Jinja file, if the engine was given one.")] = None,
     revision: Annotated[str, typer.Option(help="vLLM's --tokenizer-revision, or --revision.")] = "",
-    tokenizer_mode: Annotated[str, typer.Option(help="vLLM's --tokenizer-mode.")] = "auto",
+    tokenizer_mode: Annotated[str, typer.Option(help="vLLM's --tokenizer-mode.")] = "",
     pooling: Annotated[bool, typer.Option(help="The engine embeds, classifies or ranks (--runner pooling).")] = False,
     exclude_tools: Annotated[bool, typer.Option(help="vLLM's --exclude-tools-when-tool-choice-none.")] = False,
     served_name: Annotated[
         list[str] | None, typer.Option(help="Another name of the base model (vLLM's --served-model-name). Repeatable.")
     ] = None,
-    block_size: Annotated[int, typer.Option(help="Engine's block size; 0 takes it from its first event.")] = 0,
+    block_size: Annotated[int, typer.Option(help="Engine's block size; 0: as the server or its events say.")] = 0,
     capacity: Annotated[
         int,
-        typer.Option(help="Blocks of the engine's GPU cache (vLLM logs it), to make up for lost events; 0: unknown."),
+        typer.Option(help="Blocks of the engine's GPU cache, to make up for lost events; 0: as the server says."),
     ] = 0,
     topic: Annotated[str, typer.Option(help="Topic prefix to subscribe to.")] = "",
-    address: Annotated[str, typer.Option(help="Where the engine is, for people.")] = "",
     lmcache: Annotated[
         str, typer.Option(help="host:port of its LMCache server, as `kvcache publish-lmcache` is given it.")
     ] = "",
@@ -168,11 +181,11 @@ def publish(
         ),
     ] = "",
     eagle: Annotated[bool, typer.Option(help="The engine speculates with EAGLE or MTP.")] = False,
-    hash_algorithm: Annotated[str, typer.Option(help="vLLM's --prefix-caching-hash-algo.")] = "sha256",
+    hash_algorithm: Annotated[str, typer.Option(help="vLLM's --prefix-caching-hash-algo.")] = "",
     hash_seed: Annotated[str | None, typer.Option(help="PYTHONHASHSEED of the engine, if it is set.")] = None,
     offload_chunk_blocks: Annotated[
-        int, typer.Option(min=1, help="Blocks that native offload stores as one (blocks_per_chunk).")
-    ] = 1,
+        int, typer.Option(min=0, help="Blocks that native offload stores as one (blocks_per_chunk).")
+    ] = 0,
     data_parallel_size: Annotated[
         int,
         typer.Option(min=1, help="vLLM's: so many ranks publish, rank n on the ports of --engine and --replay plus n."),
@@ -183,63 +196,47 @@ def publish(
     ] = None,
 ) -> None:
     """Publish the blocks of a vLLM server that Ray does not manage. Ends cleanly on Ctrl-C or SIGTERM."""
-    import msgspec
-
-    from serve_app.events.endpoint import check_endpoint, endpoint_of_rank
     from serve_app.events.engine_groups import parse_groups
-    from serve_app.events.publisher import PublisherConfig
-    from serve_app.routing.ranks import pod_of_rank
+    from serve_app.events.plan import Given, without_server
+    from serve_app.events.sidecar import run_sidecar
 
-    check_endpoint(engine, "--engine")
-    if replay:
-        check_endpoint(replay, "--replay")
-    config = PublisherConfig(
+    given = Given(
         redis_url=redis,
-        model=model,
+        engine=engine,
+        replay=replay,
         pod=pod,
-        endpoint=engine,
-        replay_endpoint=replay or None,
+        model=model,
+        address=address,
         topic=topic,
         block_size=block_size,
         capacity=capacity,
         tokenizer=tokenizer,
+        tokenizer_mode=tokenizer_mode,
+        revision=revision,
         chat_template=_read(chat_template, "--chat-template") if chat_template else None,
         served_names=tuple(served_name or ()),
-        address=address,
+        pooling=pooling,
+        excludes_tools=exclude_tools,
         attached=(f"node:{lmcache}",) if lmcache else (),
         groups=parse_groups(groups) if groups else (),
         eagle=eagle,
         hash_algorithm=hash_algorithm,
         hash_seed=hash_seed,
         offload_chunk_blocks=offload_chunk_blocks,
-        revision=revision,
-        tokenizer_mode=tokenizer_mode,
-        pooling=pooling,
-        excludes_tools=exclude_tools,
-        identity=_identity_of(server, model),
+        data_parallel_size=data_parallel_size,
+        ranks=tuple(rank or ()),
     )
-    ranks = sorted(set(rank or ())) or range(data_parallel_size)
-    if data_parallel_size == 1 and not rank:
-        _run_publisher(config)
+    if server:
+        run_sidecar(given, server, api_key, listen, _stop_signal())
         return
-    if data_parallel_size > 1 and ranks[-1] >= data_parallel_size:
-        raise ConfigError(
-            f"--rank {ranks[-1]}: with --data-parallel-size {data_parallel_size} the last one is "
-            f"{data_parallel_size - 1}"
-        )
-    _run_publishers(
-        [
-            msgspec.structs.replace(
-                config,
-                pod=pod_of_rank(pod, number),
-                rank=number,
-                replica=pod,
-                endpoint=endpoint_of_rank(engine, number),
-                replay_endpoint=endpoint_of_rank(replay, number) if replay else None,
-            )
-            for number in ranks
-        ]
-    )
+    if listen:
+        raise ConfigError("--listen needs --server: without it nothing is known of the engine but its events")
+    given.check(discovers=False)
+    configs = without_server(given)
+    if len(configs) == 1 and configs[0].rank is None:
+        _run_publisher(configs[0])
+    else:
+        _run_publishers(configs)
 
 
 @app.command()
@@ -274,18 +271,11 @@ def publish_lmcache(
     _run_publisher(config)
 
 
-def _identity_of(server: str, model: str) -> tuple[tuple[str, str], ...]:
-    if not server:
-        return ()
-    from serve_app.prompts.probing import identity_of_server
-
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s")
-    return identity_of_server(server, model)
-
-
 def _run_publisher(config: PublisherConfig) -> None:
+    from serve_app.events.heap import give_back
     from serve_app.events.publisher import Publisher
 
+    give_back()
     Publisher(config).run(_stop_signal())
 
 
@@ -326,7 +316,7 @@ def serve_scores(
     """Serve scores and choices over HTTP and gRPC, without Ray. SIGTERM ends it gently; SIGHUP reads again."""
     require_module("grpc_health", "kvcache serve-scores", "service")
     from serve_app.service.config import ServiceConfig, parse_config, read_mapping
-    from serve_app.service.workers import serve
+    from serve_app.service.workers import leave, serve
 
     if config is None and not model:
         raise ConfigError(
@@ -343,6 +333,7 @@ def serve_scores(
 
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s")
     serve(read)
+    leave()
 
 
 @app.command()

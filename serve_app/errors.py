@@ -4,6 +4,7 @@ KVCacheError
 ├── ConfigError           a setting is wrong; the message says which and what to write instead
 ├── PromptError           a request body has no prompt that can be scored; `reason` is a metric label
 ├── WireError             bytes from an engine that are not a KV event batch
+├── EngineAway            an engine's HTTP server does not answer now
 ├── RecordNotUnderstood   a record in Redis says what this version does not know; `reason` is a metric label
 ├── StoreError            Redis did not do what it was asked
 │   └── DomainTaken       another publisher writes what this one writes
@@ -38,6 +39,18 @@ class PromptError(KVCacheError):
 
 class WireError(KVCacheError):
     """Bytes from an engine that are not a KV event batch."""
+
+
+class EngineAway(KVCacheError):
+    """An engine's HTTP server does not answer now, or answers that it cannot.
+
+    `refused`: nobody listens on its port, so its process is gone or not there yet. `status`: its answer; 0: none.
+    """
+
+    def __init__(self, message: str, *, refused: bool = False, status: int = 0) -> None:
+        super().__init__(message)
+        self.refused = refused
+        self.status = status
 
 
 class RecordNotUnderstood(KVCacheError):

@@ -26,6 +26,12 @@ ModelId = NewType("ModelId", str)
 PodId = NewType("PodId", str)
 """One engine that requests can be sent to. For Ray Serve: the replica's `ReplicaID.unique_id`."""
 
+
+def pod_of_rank(replica: str, rank: int) -> PodId:
+    """The name of one data parallel rank of several behind a replica."""
+    return PodId(f"{replica}#{rank}")
+
+
 DomainId = NewType("DomainId", str)
 """Who owns cached blocks: one pod (its GPU), or a store that several pods share (an LMCache server)."""
 

@@ -40,7 +40,8 @@ USAGE = {"prompt_tokens": 70, "completion_tokens": 3, "prompt_tokens_details": {
 
 
 class Listener(StrEnum):
-    AS_SHIPPED = "as shipped"  # BUFFERED_PARTIAL, answers STREAMED
+    AS_SHIPPED = "as shipped"  # BUFFERED_PARTIAL, answers STREAMED; but patient, for a busy machine
+    IMPATIENT = "impatient"  # with the time-out that we ship
     BUFFERED = "buffered"
     FULL_DUPLEX = "full duplex"
     SUBSET = "subset"  # the operator's hint names the second engine only
@@ -198,6 +199,8 @@ def _changed(shipped: dict[str, Any], listener: Listener, port: int, engines: Se
     changed["per_connection_buffer_limit_bytes"] = MAX_BODY_BYTES
     filters = changed["filter_chains"][0]["filters"][0]["typed_config"]["http_filters"]
     (ext_proc,) = (one["typed_config"] for one in filters if one["name"] == "envoy.filters.http.ext_proc")
+    if listener is not Listener.IMPATIENT:
+        ext_proc["message_timeout"] = "20s"
     mode = ext_proc["processing_mode"]
     match listener:
         case Listener.BUFFERED:
@@ -205,6 +208,7 @@ def _changed(shipped: dict[str, Any], listener: Listener, port: int, engines: Se
         case Listener.FULL_DUPLEX:
             mode |= {"request_body_mode": "FULL_DUPLEX_STREAMED", "request_trailer_mode": "SEND"}
             mode |= {"response_body_mode": "FULL_DUPLEX_STREAMED", "response_trailer_mode": "SEND"}
+            mode["response_header_mode"] = "SEND"
         case Listener.SUBSET:
             filters.insert(0, _subset_hint(engines[1:]))
         case Listener.NO_SUBSET:

@@ -28,10 +28,20 @@ class Vllm:
     Args:
         options: more of the server's command line.
         path: the folder from which the engine imports what `options` name.
+        ports: of the API, the events and the replay; else any that are free.
+        developer: it has /reset_prefix_cache and /server_info.
     """
 
-    def __init__(self, model_path: str, log: Path, *options: str, path: Path | None = None) -> None:
-        self.port, self.events, self.replay = free_port(), free_port(), free_port()
+    def __init__(
+        self,
+        model_path: str,
+        log: Path,
+        *options: str,
+        path: Path | None = None,
+        ports: tuple[int, int, int] | None = None,
+        developer: bool = True,
+    ) -> None:
+        self.port, self.events, self.replay = ports or (free_port(), free_port(), free_port())
         config = (
             '{"enable_kv_cache_events": true, "publisher": "zmq", '
             f'"endpoint": "tcp://*:{self.events}", "replay_endpoint": "tcp://*:{self.replay}"}}'
@@ -49,7 +59,7 @@ class Vllm:
                 **os.environ,
                 "VLLM_CPU_KVCACHE_SPACE": "1",
                 "VLLM_CPU_OMP_THREADS_BIND": "nobind",
-                "VLLM_SERVER_DEV_MODE": "1",  # for /reset_prefix_cache
+                "VLLM_SERVER_DEV_MODE": str(int(developer)),
                 **({"PYTHONPATH": str(path)} if path else {}),
             },
             stdout=log.open("wb"),

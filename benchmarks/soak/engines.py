@@ -225,13 +225,13 @@ class Engines:
         return None
 
     def _clear_times(self, start_s: float) -> Iterator[tuple[float, Engine]]:
-        """When whose prefix cache is reset: each once, and then one after another."""
+        """When whose prefix cache is reset: each once, and then the first one again and again."""
         first_s, last_s = self._config.clear_all_s
         engines = list(self._engines.values())
         for i, engine in enumerate(engines):
             yield start_s + first_s + (last_s - first_s) * i / len(engines), engine
-        for i, engine in enumerate(itertools.cycle(engines), 1):
-            yield start_s + last_s + i * self._config.clear_every_s, engine
+        for i in itertools.count(1):
+            yield start_s + last_s + i * self._config.clear_every_s, engines[0]
 
     def _work(self, now_s: float) -> None:
         rate = self._config.events_per_s

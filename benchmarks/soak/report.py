@@ -8,7 +8,7 @@ from typing import Any, Final
 
 from benchmarks.soak.children import Children
 from benchmarks.soak.truth import Truth
-from benchmarks.soak.verdict import TEN_MINUTES_S, judged, verdict
+from benchmarks.soak.verdict import WARM_UP_S, judged, verdict
 from serve_app.index.redis_writer import LOG_MAX_ENTRIES
 
 _STREAM_NODE: Final = 200  # entries by which a stream may be longer than its approximate MAXLEN
@@ -38,7 +38,7 @@ def report(
     counts: of each process with simulated engines: events sent, blocks stored and removed.
     left: what mirror and engines held at the end.
     """
-    warm_up_s = min(TEN_MINUTES_S, lasted_s / 2)
+    warm_up_s = min(WARM_UP_S, lasted_s / 2)
     processes = judged(children.samples, warm_up_s)
     of_redis = {
         "used_mb_max": round(max((one["used_mb"] for one in seen.redis), default=0.0), 1),

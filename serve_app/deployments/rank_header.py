@@ -18,8 +18,7 @@ from typing import Any
 import msgspec
 from ray.serve.request_router import PendingRequest
 
-from serve_app.routing.ranks import pod_of_rank
-from serve_app.types import PodId
+from serve_app.types import PodId, pod_of_rank
 
 ENGINE_HEADER = "x-data-parallel-rank"
 _CHOSEN_HEADER = "x-kvcache-ranks"

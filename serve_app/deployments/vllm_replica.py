@@ -31,8 +31,8 @@ from serve_app.deployments.lmcache import LMCacheAttachment
 from serve_app.errors import ConfigError
 from serve_app.events.engine_groups import EngineGroup
 from serve_app.events.publisher import Feed, PublisherConfig
-from serve_app.routing.ranks import pod_of_rank
 from serve_app.supervision import Backoff, keep_running
+from serve_app.types import pod_of_rank
 
 logger = logging.getLogger("ray.serve")
 

@@ -11,18 +11,15 @@ that came last is right. A publisher that no replica has asked for in `forget_af
 
 from __future__ import annotations
 
-import contextlib
 import logging
-import subprocess
-import sys
 import threading
 import time
 from dataclasses import dataclass
 
 import msgspec
 
+from serve_app.events.child import KeptPublisher
 from serve_app.events.publisher import LMCacheStream, PublisherConfig
-from serve_app.supervision import Backoff
 from serve_app.types import DomainId, ModelId
 
 logger = logging.getLogger("ray.serve")
@@ -94,7 +91,7 @@ class NodePublishers:
 
     def __init__(self, forget_after_s: float) -> None:
         self._wanted = Wanted(forget_after_s)
-        self._publishers: dict[_Key, _Publisher] = {}
+        self._publishers: dict[_Key, KeptPublisher] = {}
 
     def hold(self, pod: str, config: PublisherConfig) -> None:
         """`pod` is there, and this is how its domain is to be published."""
@@ -106,60 +103,12 @@ class NodePublishers:
         for key, publisher in list(self._publishers.items()):
             if publisher.config != wanted.get(key):
                 logger.info("the publisher of %s ends: %s", key[0], "replaced" if key in wanted else "no replica")
-                publisher.end()
+                publisher.end(END_TIMEOUT_S)
                 del self._publishers[key]
         for key, config in wanted.items():
-            self._publishers.setdefault(key, _Publisher(config)).keep()
+            self._publishers.setdefault(key, KeptPublisher(config)).keep()
 
     def end(self) -> None:
         for publisher in self._publishers.values():
-            publisher.end()
+            publisher.end(END_TIMEOUT_S)
         self._publishers.clear()
-
-
-class _Publisher:
-    """A process, started again when it ends."""
-
-    def __init__(self, config: PublisherConfig) -> None:
-        self.config = config
-        self._process: subprocess.Popen[bytes] | None = None
-        self._backoff = Backoff()
-        self._started_s = self._start_at_s = 0.0
-
-    def keep(self) -> None:
-        now_s = time.monotonic()
-        if self._process is not None:
-            if self._process.poll() is None:
-                return
-            logger.error("the publisher of %s ended with %s", self.config.pod, self._process.returncode)
-            self.end()
-            self._start_at_s = now_s + self._backoff.after(now_s - self._started_s)
-        if now_s >= self._start_at_s:
-            self._start(now_s)
-
-    def _start(self, now_s: float) -> None:
-        self._started_s = now_s
-        try:
-            self._process = subprocess.Popen([sys.executable, "-m", "serve_app.events"], stdin=subprocess.PIPE)
-        except OSError as error:  # no memory, or too many processes
-            self._start_at_s = now_s + self._backoff.after(0.0)
-            logger.error("the publisher of %s cannot be started: %s", self.config.pod, error)
-            return
-        assert self._process.stdin is not None
-        with contextlib.suppress(BrokenPipeError):  # it has ended: seen at the next turn
-            self._process.stdin.write(msgspec.json.encode(self.config) + b"\n")
-            self._process.stdin.flush()
-
-    def end(self) -> None:
-        """Its domain leaves when its stdin ends."""
-        process, self._process = self._process, None
-        if process is None:
-            return
-        assert process.stdin is not None
-        with contextlib.suppress(BrokenPipeError):
-            process.stdin.close()
-        try:
-            process.wait(END_TIMEOUT_S)
-        except subprocess.TimeoutExpired:
-            process.kill()
-            process.wait()

@@ -12,6 +12,7 @@ they say of the server's blocks is left out. So a replica that ends, or starts, 
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import time
@@ -43,6 +44,7 @@ logger = logging.getLogger(__name__)
 
 HEARTBEAT_S = LEASE_TTL_S / 3
 FEED_LATE_S = 2.5  # the engine's process says something every second, unless it is stopped
+MOMENT_S = 0.1  # after it a figure that was looked up once says nothing of now
 LOAD_REPORT_S = 0.05  # at most one load report in this time, at least one per HEARTBEAT_S
 RETRY_S = 0.5
 STAND_BY_S = LEASE_TTL_S  # while another publisher has our domain: by then it has renewed the lease, or it is gone
@@ -93,6 +95,7 @@ class PublisherConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     replica: str = ""  # with a rank: where requests for it are sent; `pod` is a name of its own, or the same
     lease_ttl_s: float = LEASE_TTL_S
     attached: tuple[str, ...] = ()  # shared domains that the engine loads from
+    block_size_is_learned: bool = False  # `block_size` is what to join with until an event tells it
     lmcache: LMCacheStream | None = None  # `endpoint` is an LMCache server, `pod` the name of its domain
 
     @property
@@ -108,6 +111,21 @@ class Feed(msgspec.Struct, frozen=True):
     usage: float = 0.0  # part of the GPU cache's blocks that requests hold, as vLLM counts; 0: nothing is compared
     progress: Progress = NO_PROGRESS  # of requests since the line before
     adapters: tuple[str, ...] | None = None  # that the engine has now; None: nothing is said of them
+    momentary: bool = False  # `in_flight` was looked up once, and may change without another line
+
+
+class Report(msgspec.Struct, frozen=True):
+    """How a publisher is doing, a JSON line each."""
+
+    connected: bool  # somebody is at the engine's event socket
+    joined: bool  # its record is in Redis
+    degraded: bool  # what it believes of the engine may be wrong
+    blocks: int  # that the engine holds, of the kind that is indexed
+    applied: int  # events
+    lost: int  # event batches
+    skipped: dict[str, int]  # events that were not understood, by reason
+    joins: int  # how often everything was published
+    heartbeat_age_s: float  # since Redis has confirmed one; -1: none yet
 
 
 class StopSignal(Protocol):
@@ -124,11 +142,13 @@ class Publisher:
         config: engine, Redis, and the names under which to publish.
         feed: file descriptor from which lines come, each a `Feed` as JSON; its end means that the engine's process is
             gone. None: nobody tells.
+        reports: file descriptor for a `Report` a second, as JSON; None: nobody wants to know.
     """
 
-    def __init__(self, config: PublisherConfig, feed: int | None = None) -> None:
+    def __init__(self, config: PublisherConfig, feed: int | None = None, reports: int | None = None) -> None:
         self._config = config
         self._feed = feed
+        self._reports = reports
         self._feed_rest = b""
         self._source: EventSource | LMCacheSource = (
             LMCacheSource(config.endpoint, config.lmcache.model)
@@ -148,9 +168,11 @@ class Publisher:
         self._served: deque[Served] = deque(maxlen=SERVED_MAX)  # not yet reported
         self._progress: deque[Progress] = deque(maxlen=SERVED_MAX)  # not yet reported
         self._fed_at_s = 0.0
+        self._momentary = False
         self._adapters: tuple[str, ...] = ()
         self._reported_load: tuple[int, int] | None = None  # requests in flight, unused blocks
-        self._reported_at_s = self._heartbeat_at_s = self._retry_at_s = 0.0
+        self._reported_at_s = self._heartbeat_at_s = self._retry_at_s = self._told_at_s = 0.0
+        self._confirmed_at_s: float | None = None  # by Redis, that our record is there
         self._applied = self._lost = self._joins = 0
         self._lost_in_life = False  # of the engine
         self._skipped: Counter[str] = Counter()
@@ -165,11 +187,14 @@ class Publisher:
         if feed is not None:
             os.set_blocking(feed, False)
             self._poller.register(feed, zmq.POLLIN)
+        if reports is not None:
+            os.set_blocking(reports, False)
 
     def run(self, stop: StopSignal) -> None:
         try:
             while not stop.is_set() and self._step():
                 self._say_what_is_missing()
+                self._tell(time.monotonic())
         finally:
             self._leave()
             self._source.close()
@@ -272,8 +297,9 @@ class Publisher:
 
     def _follow_groups(self, groups: Sequence[EngineGroup]) -> None:
         config = self._config
+        known_size = 0 if config.block_size_is_learned else config.block_size
         try:
-            layout = engine_layout(groups, config.block_size, config.alignment)
+            layout = engine_layout(groups, known_size, config.alignment)
         except GroupError as error:
             logger.error("nothing of this engine can be indexed: %s", error)
             self._skipped[error.reason] += 1
@@ -392,11 +418,15 @@ class Publisher:
             return
         if why := check.capacity(blocks.copies):
             self._skipped["over_capacity"] += 1
-        elif self._in_flight and self._usage:
+        elif self._in_flight and self._usage and not self._is_late(time.monotonic()):
             in_use = round(self._usage * (self._config.capacity - 1))  # vLLM leaves its null block out
             if why := check.in_use(blocks.copies, in_use, self._in_flight, time.monotonic()):
                 self._skipped["not_heard"] += 1
         blocks.unsure = why
+
+    def _is_late(self, now_s: float) -> bool:
+        """Whether what was looked up once is too old to compare with."""
+        return self._momentary and now_s - self._fed_at_s > FEED_LATE_S
 
     def _unindexed(self) -> dict[str, str]:
         """Tiers that the engine uses and the index does not know."""
@@ -422,6 +452,8 @@ class Publisher:
         if not self._writer.heartbeat(self._domain.id, self._heartbeat_record(self._domain.epoch)):
             logger.warning("redis has lost our record: publishing everything again")
             self._domain = None
+        else:
+            self._confirmed_at_s = now_s
 
     def _heartbeat_record(self, epoch: Epoch) -> HeartbeatRecord:
         blocks = self._blocks
@@ -437,10 +469,12 @@ class Publisher:
         )
 
     def _report_load(self, now_s: float) -> None:
-        if self._domain is None or self._in_flight is None or now_s - self._fed_at_s > FEED_LATE_S:
+        valid_s = MOMENT_S if self._momentary else FEED_LATE_S
+        if self._domain is None or self._in_flight is None or now_s - self._fed_at_s > valid_s:
             return
         load = self._in_flight, self._blocks.unused if self._blocks is not None else 0
         changed = load != self._reported_load or bool(self._served or self._progress)
+        changed |= self._momentary and self._fed_at_s > self._reported_at_s
         if now_s >= self._reported_at_s + (LOAD_REPORT_S if changed else HEARTBEAT_S):
             self._reported_at_s = now_s
             self._reported_load = load
@@ -459,13 +493,33 @@ class Publisher:
         for line in lines:
             feed = _decode_feed(line)
             self._in_flight = feed.in_flight
-            self._usage = feed.usage
+            self._usage, self._momentary = feed.usage, feed.momentary
             self._served.extend(feed.served)
             self._fed_at_s = time.monotonic()
             self._adapters = self._adapters if feed.adapters is None else feed.adapters
             if any(feed.progress):
                 self._progress.append(feed.progress)
         return bool(data)
+
+    def _tell(self, now_s: float) -> None:
+        """One line a second; left out, if the reader is late."""
+        if self._reports is None or now_s < self._told_at_s + HEARTBEAT_S:
+            return
+        self._told_at_s = now_s
+        beat = self._heartbeat_record(Epoch(self._last_epoch))
+        report = Report(
+            connected=self._source.connected,
+            joined=self._domain is not None,
+            degraded=self._blocks is not None and self._blocks.degraded,
+            blocks=beat.blocks,
+            applied=beat.events_applied,
+            lost=beat.events_lost,
+            skipped=beat.events_skipped,
+            joins=self._joins,
+            heartbeat_age_s=-1.0 if self._confirmed_at_s is None else now_s - self._confirmed_at_s,
+        )
+        with contextlib.suppress(BlockingIOError, BrokenPipeError):
+            os.write(self._reports, msgspec.json.encode(report) + b"\n")
 
     def _say_what_is_missing(self) -> None:
         connected, understood = self._source.connected, self._blocks is not None

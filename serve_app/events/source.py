@@ -28,6 +28,7 @@ logger = logging.getLogger(__name__)
 
 _END = -1
 _SEQ_BYTES = 8
+_NO_SEQ = (1 << 63) - 1
 _RECEIVE_BUFFER = 100_000  # batches that wait while Redis is slow; what is dropped beyond is replayed
 REPLAY_TIMEOUT_S = 2.0
 IDLE_CHECK_S = 1.0  # without a batch for so long, the engine is asked whether the last ones were dropped
@@ -194,3 +195,19 @@ class EventSource:
                 logger.warning("the engine did not answer a replay request within %s s", timeout_s)
         finally:
             socket.close(linger=0)
+
+
+def answers_replay(endpoint: str, timeout_s: float = REPLAY_TIMEOUT_S) -> bool:
+    """Whether an engine's replay socket is there, by asking it for what comes after everything."""
+    socket: zmq.Socket[bytes] = zmq.Context.instance().socket(zmq.DEALER)
+    try:
+        socket.connect(endpoint)
+        socket.send_multipart((b"", _NO_SEQ.to_bytes(_SEQ_BYTES, "big")))
+        if not socket.poll(int(timeout_s * 1000)):
+            return False
+        *_, raw_seq, _ = [b"", *socket.recv_multipart()]
+        return len(raw_seq) == _SEQ_BYTES and int.from_bytes(raw_seq, "big", signed=True) == _END
+    except (zmq.ZMQError, ValueError):
+        return False
+    finally:
+        socket.close(linger=0)

@@ -15,11 +15,6 @@ from collections.abc import Iterable, Sequence
 from serve_app.types import Domain, PodId
 
 
-def pod_of_rank(replica: str, rank: int) -> PodId:
-    """The name of one rank of several behind a replica."""
-    return PodId(f"{replica}#{rank}")
-
-
 class Ranks:
     """Which pods are behind which replica, for the replicas whose engines have several ranks."""
 

@@ -156,6 +156,8 @@ class Receipts:
 
     def close(self, pod: PodId, served: Served) -> Open | None:
         """The receipt of a request that `pod` has served, completed; None if it was not routed here."""
+        if not served.request_id:  # the mean of several (events/scraping.py)
+            return None
         found = self._open.pop(_request_id(served.request_id, self._open), None)
         if found is None or found.receipt.chosen != pod:
             return found

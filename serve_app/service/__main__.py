@@ -12,7 +12,7 @@ import msgspec
 
 from serve_app.service.config import ServiceConfig
 from serve_app.service.server import ScoreServer
-from serve_app.service.workers import WorkerConfig, run_one
+from serve_app.service.workers import WorkerConfig, leave, run_one
 
 
 def main() -> None:
@@ -20,6 +20,7 @@ def main() -> None:
     given = msgspec.json.decode(sys.stdin.buffer.readline(), type=WorkerConfig)
     threading.Thread(target=_end_with_parent, daemon=True).start()
     run_one(ScoreServer(ServiceConfig.model_validate_json(given.config), given.embedded_url))
+    leave()
 
 
 def _end_with_parent() -> None:

@@ -22,6 +22,7 @@ from serve_app.service.discovery import Discovery
 from serve_app.types import Domain, Found, ModelId, PodId
 
 STALE_MAX_S = 5.0
+STRANGERS_MAX = 256
 _ANY_NUMBER = 1 << 30  # of requests at a time: nobody says how many such a replica takes
 
 
@@ -64,6 +65,7 @@ class LocalBackend:
         self._discovery = discovery
         self._redis = connect(redis_url, name="kvcache-receipts", slot_of=Keyspace(self.model).receipts)
         self._known: AbstractSet[PodId] = frozenset()  # replicas that the decider was told of
+        self._strangers: dict[PodId, None] = {}  # others that were named in questions, the latest first
 
     def knows(self, name: str) -> bool:
         if name == self.model:
@@ -111,6 +113,8 @@ class LocalBackend:
         """
         candidates = self.candidates()
         names = list(dict.fromkeys(wanted)) if wanted else list(candidates)
+        if wanted:
+            self._meet(names)
         if not names:
             raise IndexUnavailable("no replica of the model has registered in Redis yet, and none was named")
         return await self.decider.decide(dict.fromkeys(names, _ANY_NUMBER), asked)
@@ -134,8 +138,16 @@ class LocalBackend:
             live[PodId(address)] = address
         if live.keys() != self._known:
             self._known = live.keys()
-            self.decider.keep_only(list(live))
+            self.decider.keep_only([*live, *self._strangers])
         return live
+
+    def _meet(self, names: Sequence[PodId]) -> None:
+        """Whoever is named is booked as if it were there; of those that nobody knows, the last `STRANGERS_MAX`."""
+        strangers = [name for name in names if name not in self._known]
+        self._strangers = dict.fromkeys(strangers) | self._strangers
+        if len(self._strangers) > STRANGERS_MAX:
+            self._strangers = dict.fromkeys(list(self._strangers)[: STRANGERS_MAX // 2])
+            self.decider.keep_only([*self._known, *self._strangers])
 
     def ranks(self) -> Mapping[str, int]:
         """Of pods that are a data parallel rank."""

@@ -35,7 +35,9 @@ SUBSET_NAMESPACE = "envoy.lb.subset_hint"
 
 Answers = Sequence[wire.ProcessingResponse]
 
+_FILTER = "envoy.filters.http.ext_proc"  # under which attributes come
 _NOT_CHOSEN = Picked((), reason="error")
+_REQUEST_ID = "x-request-id"
 _SESSION_HEADERS = ("x-session-id", "x_session_id")
 _NO_ENDPOINT = msgspec.json.encode(
     {
@@ -68,6 +70,7 @@ class Exchange:
         self._counters = counters
         self._failed = failed
         self._request_id = ""
+        self._engine_headers: Mapping[str, str] = {}
         self._session = ""
         self._subset: Sequence[str] | None = None
         self._request_mode = self._response_mode = wire.NONE
@@ -75,8 +78,9 @@ class Exchange:
         self._held: list[bytes] = []  # chunks that Envoy has handed over, until they are given back
         self._held_bytes = 0
         self._picked: Picked | None = None
-        self._asked = self._refused = self._over = False
-        self._is_good = self._has_token = False
+        self._asked = self._refused = self.is_over = False
+        self._is_good: bool | None = None  # the answer; None: not known yet
+        self._has_token = False
         self._end = AnswerEnd()
 
     async def take(self, message: wire.ProcessingRequest) -> Answers:
@@ -98,7 +102,7 @@ class Exchange:
 
     def close(self) -> None:
         """Nothing more will come."""
-        if self._asked and not self._over and self._is_generation:
+        if self._asked and not self.is_over and self._is_generation:
             self._counters["cut_off"] += 1
         self._ended(Usage())
 
@@ -109,7 +113,9 @@ class Exchange:
         self._request_mode = message.protocol_config.request_body_mode
         self._response_mode = message.protocol_config.response_body_mode
         headers = _headers(message.request_headers)
-        self._request_id = headers.get("x-request-id") or str(uuid.uuid4())
+        named = headers.get(_REQUEST_ID)
+        self._request_id = named or str(uuid.uuid4())
+        self._engine_headers = {} if named else {_REQUEST_ID: self._request_id}
         self._session = next((headers[name] for name in _SESSION_HEADERS if name in headers), "")
         self._subset = _subset(message.metadata_context)
         path = headers.get(":path", "").partition("?")[0].rstrip("/")
@@ -212,10 +218,12 @@ class Exchange:
             _set(refused.immediate_response.headers, {"content-type": "application/json", "retry-after": "1"})
             return refused
         endpoints = ",".join(picked.endpoints)
-        _set(response.header_mutation, {**picked.headers, DESTINATION: endpoints})
+        _set(response.header_mutation, {**self._engine_headers, **picked.headers, DESTINATION: endpoints})
         response.clear_route_cache = True
         named = answer.dynamic_metadata.fields[DESTINATION_NAMESPACE].struct_value
         named.fields[DESTINATION].string_value = endpoints
+        if picked.reason:
+            named.fields[REASON_HEADER].string_value = picked.reason
         return answer
 
     def _watch(self, answer: wire.ProcessingResponse, request_mode: wire.BodySendMode) -> None:
@@ -232,10 +240,7 @@ class Exchange:
     # ------------------------------------------------------------------------------------------ the response
 
     def _response_headers(self, message: wire.ProcessingRequest) -> Answers:
-        self._is_good = self._is_generation and _headers(message.response_headers).get(":status", "").startswith("2")
-        served = _metadata(message.metadata_context, DESTINATION_NAMESPACE, SERVED)
-        if served is not None and self._picked is not None and served.string_value not in self._picked.endpoints[:1]:
-            self._counters["served_by_another"] += 1
+        self._answered(message, _headers(message.response_headers).get(":status", ""))
         answer = wire.ProcessingResponse()
         answer.response_headers.SetInParent()
         if self._picked is not None and self._picked.reason:
@@ -246,6 +251,8 @@ class Exchange:
 
     def _response_body(self, message: wire.ProcessingRequest) -> Answers:
         body, is_last = message.response_body.body, message.response_body.end_of_stream
+        if self._is_good is None:  # no headers have come; if the attribute has not either, it is taken to be good
+            self._answered(message, _attribute(message, "response.code") or "200")
         if self._is_good:
             self._end.passed(body)
             if body and not self._has_token:
@@ -257,6 +264,13 @@ class Exchange:
             return (_given_back("response_body", body, is_last),)
         return (_GO_ON_WITH_RESPONSE_BODY,)
 
+    def _answered(self, message: wire.ProcessingRequest, status: str) -> None:
+        self._is_good = self._is_generation and status.startswith("2")
+        named = _metadata(message.metadata_context, DESTINATION_NAMESPACE, SERVED)
+        served = _attribute(message, "upstream.address") if named is None else named.string_value
+        if served and self._picked is not None and served not in self._picked.endpoints[:1]:
+            self._counters["served_by_another"] += 1
+
     def _response_trailers(self) -> Answers:
         self._ended(self._end.usage())
         answer = wire.ProcessingResponse()
@@ -264,8 +278,8 @@ class Exchange:
         return (answer,)
 
     def _ended(self, usage: Usage) -> None:
-        if not self._over and self._asked:
-            self._over = True
+        if not self.is_over and self._asked:
+            self.is_over = True
             self._chooser.ended(self._request_id, usage.prompt_tokens, usage.cached_tokens)
 
 
@@ -298,6 +312,14 @@ def _headers(part: wire.HttpHeaders) -> dict[str, str]:
     for one in part.headers.headers:
         headers.setdefault(one.key, one.raw_value.decode("latin-1") if one.raw_value else one.value)
     return headers
+
+
+def _attribute(message: wire.ProcessingRequest, name: str) -> str:
+    """Of those that the filter's `response_attributes` name; empty: it has not come."""
+    value = message.attributes[_FILTER].fields.get(name) if _FILTER in message.attributes else None
+    if value is None:
+        return ""
+    return value.string_value or str(int(value.number_value))
 
 
 def _length(headers: Mapping[str, str]) -> int:

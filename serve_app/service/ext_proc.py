@@ -67,6 +67,8 @@ class _Processor:
             while (message := await context.read()) is not grpc.aio.EOF:
                 for answer in await exchange.take(message):
                     await context.write(answer)
+                if exchange.is_over:
+                    return  # sooner than Envoy says so
         except asyncio.CancelledError:
             raise  # Envoy has ended it: the client has gone
         except Exception as error:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
+from prometheus_client.core import CounterMetricFamily, Metric
+from prometheus_client.registry import Collector
 
 from serve_app.metrics import Record
 
@@ -47,5 +49,22 @@ class Registered:
             self._by_name[name] = make(self._registry)
         return self._by_name[name]
 
+    def show(self, name: str, text: str, label: str, counts: Mapping[str, int]) -> None:
+        """A counter whose values are kept elsewhere, and read when somebody asks."""
+        self._registry.register(_Counts(name, text, label, counts))
+
     def text(self) -> bytes:
         return generate_latest(self._registry)
+
+
+class _Counts(Collector):
+    def __init__(self, name: str, text: str, label: str, counts: Mapping[str, int]) -> None:
+        self._described = name, text, label
+        self._counts = counts
+
+    def collect(self) -> Iterable[Metric]:
+        name, text, label = self._described
+        family = CounterMetricFamily(name, text, labels=[label])
+        for kind, count in dict(self._counts).items():
+            family.add_metric([kind], count)
+        return [family]

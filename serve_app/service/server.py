@@ -11,6 +11,7 @@ import contextlib
 import logging
 import signal
 import socket
+from collections import Counter
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -178,7 +179,11 @@ class ScoreServer:
         most = config.limits.body_bytes
         server = grpc.aio.server(options=[*server_options(most), ("grpc.so_reuseport", int(config.workers > 1))])
         chooser = PodChooser(self.service, self._models[0], config.lease_s, logger)
-        add_picker(server, chooser, max_body_bytes=most)
+        counters: Counter[str] = Counter()
+        self._registered.show(
+            "kvcache_picker_requests", "What Envoy's requests met with (service/ext_proc.py).", "kind", counters
+        )
+        add_picker(server, chooser, max_body_bytes=most, counters=counters)
         health_pb2_grpc.add_HealthServicer_to_server(self._grpc_health, server)
         self.picker_port = (
             server.add_secure_port(config.picker, grpc_credentials(config.tls))

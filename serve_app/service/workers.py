@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import os
 import signal
 import subprocess
 import sys
@@ -15,6 +16,7 @@ import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import NoReturn
 
 import msgspec
 
@@ -66,12 +68,19 @@ def run_one(server: ScoreServer) -> None:
     """
     import uvloop
 
+    loop = uvloop.new_event_loop()  # it is not closed: that would wait for a thread that loads a tokenizer
+    asyncio.set_event_loop(loop)
     try:
-        with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
-            runner.run(server.run())
+        loop.run_until_complete(server.run())
     except (OSError, RuntimeError) as error:
         addresses = ", ".join(filter(None, (server.config.http, server.config.grpc, server.config.picker)))
         raise ConfigError(f"cannot serve at {addresses}: {error}") from error
+
+
+def leave() -> NoReturn:
+    """End the process at once: all is done, but a thread may be loading a tokenizer from a network that is gone."""
+    logging.shutdown()
+    os._exit(0)
 
 
 def socket_path() -> Path:

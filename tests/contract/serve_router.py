@@ -12,8 +12,7 @@ from serve_app.blocks import block_keys, namespace_key, pack_tokens
 from serve_app.deployments.request_router import KVCacheAwareRouter
 from serve_app.index.keyspace import HeartbeatRecord
 from serve_app.index.redis_writer import RedisWriter
-from serve_app.routing.ranks import pod_of_rank
-from serve_app.types import GPU, Domain, DomainId, EngineSpec, Epoch, ModelId, PodId
+from serve_app.types import GPU, Domain, DomainId, EngineSpec, Epoch, ModelId, PodId, pod_of_rank
 
 MODEL = ModelId("test-model")
 SIZE = 4

@@ -11,7 +11,7 @@ import pytest
 import redis
 from vllm.distributed.kv_events import AllBlocksCleared, BlockRemoved, BlockStored
 
-from serve_app.events.publisher import FEED_LATE_S, HEARTBEAT_S, Feed
+from serve_app.events.publisher import FEED_LATE_S, HEARTBEAT_S, Feed, PublisherConfig
 from serve_app.events.source import EventSource
 from serve_app.index.mirror import Mirror
 from serve_app.types import Progress, Served, Trust
@@ -68,6 +68,22 @@ def test_a_publisher_that_hears_nothing_says_once_why(engine: Engine, redis_url:
     engine.store(range(16))
     eventually(lambda: "joined" in log.read_text(), 20)
     assert log.read_text().count("WARNING") == 2
+    publisher.kill()
+
+
+def test_a_block_size_that_was_only_heard_of_gives_way_to_the_events(
+    engine: Engine, redis_url: str, mirror: Mirror
+) -> None:
+    def size() -> int:
+        return next((domain.spec.block_size for domain, live, _ in mirror.domains() if live), 0)
+
+    config = PublisherConfig(
+        redis_url, MODEL, POD, engine.endpoint, engine.replay_endpoint, block_size=6, block_size_is_learned=True
+    )
+    publisher = PublisherProcess(engine, redis_url, config=config)
+    eventually(lambda: size() == 6, 15)
+    engine.store(range(16))
+    eventually(lambda: size() == SIZE and matched(mirror, range(16)) == 16)
     publisher.kill()
 
 

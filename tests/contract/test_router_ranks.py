@@ -17,8 +17,7 @@ from ray.serve.request_router import PendingRequest
 
 from serve_app.deployments import rank_header, routed
 from serve_app.deployments.request_router import KVCacheAwareRouter
-from serve_app.routing.ranks import pod_of_rank
-from serve_app.types import DomainId, PodId
+from serve_app.types import DomainId, PodId, pod_of_rank
 from tests.contract.serve_router import MAX_ONGOING, MODEL, TOKENS, Fleet, Replica, know
 
 

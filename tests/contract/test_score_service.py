@@ -20,6 +20,7 @@ from serve_app.access import hash_key
 from serve_app.client import AsyncKVCacheClient, ServiceError
 from serve_app.protos import indexer_pb2, indexer_pb2_grpc, kvcache_pb2, kvcache_pb2_grpc
 from serve_app.scoring import Strategy
+from serve_app.service.backend import STRANGERS_MAX
 from serve_app.service.config import parse_config
 from serve_app.service.server import ScoreServer
 from serve_app.types import Found
@@ -171,6 +172,13 @@ class TestChoose:
         await until(lambda: service.server.service.reservations.expired == 1)
         assert (await kv.explain(PROMPT)).in_flight["c"] == 0
         assert not await kv.done("lost")
+
+    async def test_pods_that_a_client_makes_up_are_bounded(self, kv: AsyncKVCacheClient, service: Service) -> None:
+        for i in range(2 * STRANGERS_MAX):
+            assert (await kv.choose(PROMPT, pods=[f"made-up-{i}"])).chosen.pod == f"made-up-{i}"
+        chooser = service.server.service.models[0].decider.chooser  # type: ignore[attr-defined]
+        assert len(chooser.in_flight._sent) <= STRANGERS_MAX + 3
+        assert len(chooser.ledger._bits) <= STRANGERS_MAX + 3
 
     async def test_a_burst_of_one_new_prefix_stays_together(self, kv: AsyncKVCacheClient) -> None:
         """What was chosen a moment ago is expected to be there, though no KV event has told of it."""
@@ -355,8 +363,10 @@ class TestGrpc:
     async def test_health_and_reflection(self, service: Service) -> None:
         async with service.channel() as channel:
             for name in ("", "kvcache.v1.KVCache", "indexer.v1.IndexerService"):
-                answer = await health_pb2_grpc.HealthStub(channel).Check(health_pb2.HealthCheckRequest(service=name))
-                assert answer.status == health_pb2.HealthCheckResponse.SERVING, name
+                asked = health_pb2.HealthCheckRequest(service=name)
+                async for answer in health_pb2_grpc.HealthStub(channel).Watch(asked, timeout=20):  # told once a second
+                    if answer.status == health_pb2.HealthCheckResponse.SERVING:
+                        break
             call = reflection_pb2_grpc.ServerReflectionStub(channel).ServerReflectionInfo(
                 iter([reflection_pb2.ServerReflectionRequest(list_services="")])
             )

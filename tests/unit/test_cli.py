@@ -78,6 +78,12 @@ def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> 
             ("--engine", "ipc:///tmp/events", "--data-parallel-size", "2"),
             "data parallel ranks publish on tcp://HOST:PORT",
         ),
+        ((), "--engine must be given, or --server URL, which tells them"),
+        ((*ENGINE, "--listen", "127.0.0.1:0"), "--listen needs --server"),
+        (("--server", "127.0.0.1:8000"), "--server '127.0.0.1:8000' is no URL"),
+        (("--server", "http://127.0.0.1:1", "--listen", "9411"), "--listen '9411' is no address to listen on"),
+        (("--server", "http://127.0.0.1:1", "--redis", "nowhere://x"), "redis url 'nowhere://x'"),
+        (("--server", "http://127.0.0.1:1", "--hash-algorithm", "md5"), "hash algorithm 'md5' is none of vLLM's"),
     ],
 )
 def test_publish_names_the_option_that_is_wrong(run: Run, options: tuple[str, ...], expected: str) -> None:

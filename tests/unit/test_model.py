@@ -52,6 +52,15 @@ def test_missing_wheel_says_what_to_install(home: Path, monkeypatch: pytest.Monk
     assert not any(home.iterdir()), "nothing is created when nothing can be built"
 
 
+def test_missing_libraries_are_named_with_their_extra(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "accelerate", None)
+
+    with pytest.raises(ConfigError, match=r'needs `accelerate`, .*: pip install "kvcache-manager\[cpu\]" or '):
+        resolve_model(SMOLLM2)
+
+    assert not any(home.iterdir())
+
+
 def test_a_built_model_needs_no_wheel(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, BUILTIN_MODELS[FOLDER].module, None)
     (home / "models" / FOLDER).mkdir(parents=True)

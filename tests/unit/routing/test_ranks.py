@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from serve_app.routing.ranks import Ranks, pod_of_rank
-from serve_app.types import Domain, PodId
+from serve_app.routing.ranks import Ranks
+from serve_app.types import Domain, PodId, pod_of_rank
 from tests.helpers import pod
 
 A, B = PodId("a"), PodId("b")
