@@ -139,8 +139,6 @@ def main() -> int:
 
 def start(options: argparse.Namespace, folder: Path, processes: Processes) -> None:
     engines: list[Engine] = options.engine or [Engine(8000, 5557, 5558), Engine(8001, 5567, 5568)]
-    source = options.source
-    model_path = str(build_builtin(source, say)) if source.startswith(BUILTIN_PREFIX) else source
     kvcache = (sys.executable, "-m", "serve_app.cli")
 
     say(f"1/4 score service and picker, with a Valkey of its own ({HOST}:{options.picker})")
@@ -156,7 +154,7 @@ def start(options: argparse.Namespace, folder: Path, processes: Processes) -> No
         if status(f"http://{engine.address}/health") == 200:
             say(f"    {engine.address} is there already, and is left alone")
         else:
-            processes.start(f"vllm-{engine.api}", *vllm(engine, options, model_path), env=ENGINE_ENV)
+            processes.start(f"vllm-{engine.api}", *vllm(engine, options.model, options.source), env=ENGINE_ENV)
     for engine in engines:
         processes.wait(engine.address, lambda address=engine.address: status(f"http://{address}/health") == 200)
         say(f"    {engine.address} is up")
@@ -167,8 +165,7 @@ def start(options: argparse.Namespace, folder: Path, processes: Processes) -> No
             f"publish-{engine.api}",
             *(*kvcache, "publish", "--redis", f"unix://{socket_path()}", "--server", f"http://{engine.address}"),
             *("--engine", f"tcp://{HOST}:{engine.events}", "--replay", f"tcp://{HOST}:{engine.replay}"),
-            *("--pod", engine.address, "--address", engine.address, *named, "--tokenizer", model_path),
-            *("--block-size", str(options.block_size)),
+            *("--address", engine.address, *named),
         )
     processes.wait("the index", lambda: status(f"{service}/readyz") == 200 and live(service) == len(engines))
 
@@ -179,16 +176,17 @@ def start(options: argparse.Namespace, folder: Path, processes: Processes) -> No
     processes.wait("Envoy", lambda: status(f"http://{HOST}:{options.admin}/ready") == 200)
 
 
-def vllm(engine: Engine, options: argparse.Namespace, model_path: str) -> list[str]:
+def vllm(engine: Engine, model: str, source: str) -> list[str]:
+    path = str(build_builtin(source, say)) if source.startswith(BUILTIN_PREFIX) else source
     events = (
         '{"enable_kv_cache_events": true, "publisher": "zmq", '
         f'"endpoint": "tcp://*:{engine.events}", "replay_endpoint": "tcp://*:{engine.replay}"}}'
     )
     return [
-        *(sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", model_path),
-        *("--served-model-name", options.model, "--host", HOST, "--port", str(engine.api)),
-        *("--block-size", str(options.block_size), "--max-model-len", "4096", "--dtype", fast_dtype()),
-        *("--enforce-eager", "--enable-prompt-tokens-details", "--kv-events-config", events),
+        *(sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", path),
+        *("--served-model-name", model, "--host", HOST, "--port", str(engine.api), "--max-model-len", "4096"),
+        *("--block-size", "32", "--dtype", fast_dtype(), "--enforce-eager", "--enable-prompt-tokens-details"),
+        *("--kv-events-config", events),
     ]
 
 
@@ -238,9 +236,12 @@ def live(service: str) -> int:
 def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="smollm2-135m-instruct", help="name that clients send")
-    parser.add_argument("--source", default="builtin:smollm2-135m-instruct", help="folder or Hugging Face id")
+    parser.add_argument(
+        "--source",
+        default="builtin:smollm2-135m-instruct",
+        help="of engines that are started: folder or Hugging Face id",
+    )
     parser.add_argument("--engine", action="append", type=Engine.parse, help="API:EVENTS:REPLAY ports; repeatable")
-    parser.add_argument("--block-size", type=int, default=32, help="of the engines, in tokens (default: %(default)s)")
     for name, port in (("port", 8080), ("admin", 9901), ("picker", 9002), ("http", 8100), ("grpc", 8101)):
         parser.add_argument(f"--{name}", type=int, default=port, help="port (default: %(default)s)")
     return parser.parse_args()

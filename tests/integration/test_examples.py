@@ -147,6 +147,9 @@ class Service:
             return httpx.get(f"{self.url}/readyz", timeout=5).status_code == 200
         return False
 
+    def is_alive(self) -> bool:
+        return self.process.poll() is None
+
     def kill(self) -> None:
         """SIGKILL: it says goodbye to nobody."""
         self.process.kill()
@@ -345,19 +348,20 @@ class TestPicker:
     async def test_a_picker_that_is_killed_and_started_again(self, gateways: list[Gateway]) -> None:
         gateway = gateways[0]
         conversations = [Conversation(f"Killed {number}") for number in range(AT_A_TIME)]
-        scored: list[bool] = []
+        scored: list[tuple[bool, bool]] = []  # whether the picker was alive when it was sent, and whether it was scored
         async with gateway.envoy.client() as client:
 
             async def converse(conversation: Conversation) -> None:
                 for _ in range(WITH_A_KILL // AT_A_TIME):
-                    if len(scored) == KILLED_AFTER:
+                    if len(scored) == KILLED_AFTER and gateway.service.is_alive():
                         gateway.service.kill()
-                    scored.append(bool((await conversation.turn(client)).reason))
+                    alive = gateway.service.is_alive()
+                    scored.append((alive, bool((await conversation.turn(client)).reason)))
 
             await asyncio.gather(*map(converse, conversations))
             assert len(scored) == WITH_A_KILL  # and every one was answered 200
-            assert scored[: KILLED_AFTER // 2] == [True] * (KILLED_AFTER // 2)
-            assert not any(scored[KILLED_AFTER + AT_A_TIME :])
+            assert [one for _, one in scored[:KILLED_AFTER]] == [True] * KILLED_AFTER
+            assert [one for alive, one in scored if not alive] == [False] * sum(not alive for alive, _ in scored)
             await asyncio.to_thread(gateway.service.start)
             deadline_s = time.monotonic() + 20
             while not (await conversations[0].turn(client)).reason:
