@@ -15,6 +15,7 @@ import fcntl
 import os
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -31,6 +32,7 @@ from serve_app.service.workers import socket_path
 
 HOST = "127.0.0.1"
 ENVOY_YAML = Path(__file__).parents[2] / "cluster/envoy/envoy.yaml"
+PORTS = {"port": 8080, "admin": 9901, "picker": 9002, "http": 8100, "grpc": 8101}
 START_S, STOP_S = 600.0, 20.0
 # One core for each of the two; on a GPU none of this is looked at.
 ENGINE_ENV = {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_CPU_OMP_THREADS_BIND": "nobind", "OMP_NUM_THREADS": "1"}
@@ -120,6 +122,7 @@ def main() -> int:
         signal.signal(signal.SIGINT, signal.default_int_handler)
         processes = Processes(folder)
         try:
+            check_ports(options)
             start(options, folder, processes)
             say(f"ready: {gateway}   scores: http://{HOST}:{options.http}/v1/score   logs: {folder}")
             while True:
@@ -135,6 +138,16 @@ def main() -> int:
                 signal.signal(number, signal.SIG_IGN)  # a second Ctrl-C leaves nothing behind either
             processes.stop()
             say("ended")
+
+
+def check_ports(options: argparse.Namespace) -> None:
+    """Raises:
+    ConfigError: somebody else listens on one; ours would share it, or fail after minutes.
+    """
+    for name in PORTS:
+        with socket.socket() as probe:
+            if probe.connect_ex((HOST, getattr(options, name))) == 0:
+                raise ConfigError(f"port {getattr(options, name)} is taken: give another one with --{name}")
 
 
 def start(options: argparse.Namespace, folder: Path, processes: Processes) -> None:
@@ -167,7 +180,7 @@ def start(options: argparse.Namespace, folder: Path, processes: Processes) -> No
             *("--engine", f"tcp://{HOST}:{engine.events}", "--replay", f"tcp://{HOST}:{engine.replay}"),
             *("--address", engine.address, *named),
         )
-    processes.wait("the index", lambda: status(f"{service}/readyz") == 200 and live(service) == len(engines))
+    processes.wait("the index", lambda: status(f"{service}/readyz") == 200 and live(service) >= len(engines))
 
     say("4/4 Envoy")
     config = folder / "envoy.yaml"
@@ -242,7 +255,7 @@ def arguments() -> argparse.Namespace:
         help="of engines that are started: folder or Hugging Face id",
     )
     parser.add_argument("--engine", action="append", type=Engine.parse, help="API:EVENTS:REPLAY ports; repeatable")
-    for name, port in (("port", 8080), ("admin", 9901), ("picker", 9002), ("http", 8100), ("grpc", 8101)):
+    for name, port in PORTS.items():
         parser.add_argument(f"--{name}", type=int, default=port, help="port (default: %(default)s)")
     return parser.parse_args()
 

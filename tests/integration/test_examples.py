@@ -317,6 +317,12 @@ class TestEnvoyGateway:
         assert "it is running already" in done.stdout
         assert httpx.get(f"{stack.gateway}/v1/models", timeout=10).status_code == 200
 
+    def test_a_port_that_is_taken_is_named(self, stack: Stack, tmp_path: Path) -> None:
+        elsewhere = {**stack.env, "KVCACHE_HOME": str(tmp_path)}
+        done = subprocess.run(stack.command, env=elsewhere, capture_output=True, text=True, timeout=60, check=False)
+        assert done.returncode != 0
+        assert f"port {stack.gateway.rpartition(':')[2]} is taken: give another one with --port" in done.stdout
+
 
 class TestPicker:
     """A real Envoy, our picker, two real engines."""
