@@ -15,6 +15,7 @@ import fcntl
 import os
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -31,6 +32,7 @@ from serve_app.service.workers import socket_path
 
 HOST = "127.0.0.1"
 ENVOY_YAML = Path(__file__).parents[2] / "cluster/envoy/envoy.yaml"
+PORTS = {"port": 8080, "admin": 9901, "picker": 9002, "http": 8100, "grpc": 8101}
 START_S, STOP_S = 600.0, 20.0
 # One core for each of the two; on a GPU none of this is looked at.
 ENGINE_ENV = {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_CPU_OMP_THREADS_BIND": "nobind", "OMP_NUM_THREADS": "1"}
@@ -120,6 +122,7 @@ def main() -> int:
         signal.signal(signal.SIGINT, signal.default_int_handler)
         processes = Processes(folder)
         try:
+            check_ports(options)
             start(options, folder, processes)
             say(f"ready: {gateway}   scores: http://{HOST}:{options.http}/v1/score   logs: {folder}")
             while True:
@@ -137,10 +140,18 @@ def main() -> int:
             say("ended")
 
 
+def check_ports(options: argparse.Namespace) -> None:
+    """Raises:
+    ConfigError: somebody else listens on one; ours would share it, or fail after minutes.
+    """
+    for name in PORTS:
+        with socket.socket() as probe:
+            if probe.connect_ex((HOST, getattr(options, name))) == 0:
+                raise ConfigError(f"port {getattr(options, name)} is taken: give another one with --{name}")
+
+
 def start(options: argparse.Namespace, folder: Path, processes: Processes) -> None:
     engines: list[Engine] = options.engine or [Engine(8000, 5557, 5558), Engine(8001, 5567, 5568)]
-    source = options.source
-    model_path = str(build_builtin(source, say)) if source.startswith(BUILTIN_PREFIX) else source
     kvcache = (sys.executable, "-m", "serve_app.cli")
 
     say(f"1/4 score service and picker, with a Valkey of its own ({HOST}:{options.picker})")
@@ -156,7 +167,7 @@ def start(options: argparse.Namespace, folder: Path, processes: Processes) -> No
         if status(f"http://{engine.address}/health") == 200:
             say(f"    {engine.address} is there already, and is left alone")
         else:
-            processes.start(f"vllm-{engine.api}", *vllm(engine, options, model_path), env=ENGINE_ENV)
+            processes.start(f"vllm-{engine.api}", *vllm(engine, options.model, options.source), env=ENGINE_ENV)
     for engine in engines:
         processes.wait(engine.address, lambda address=engine.address: status(f"http://{address}/health") == 200)
         say(f"    {engine.address} is up")
@@ -167,10 +178,9 @@ def start(options: argparse.Namespace, folder: Path, processes: Processes) -> No
             f"publish-{engine.api}",
             *(*kvcache, "publish", "--redis", f"unix://{socket_path()}", "--server", f"http://{engine.address}"),
             *("--engine", f"tcp://{HOST}:{engine.events}", "--replay", f"tcp://{HOST}:{engine.replay}"),
-            *("--pod", engine.address, "--address", engine.address, *named, "--tokenizer", model_path),
-            *("--block-size", str(options.block_size)),
+            *("--address", engine.address, *named),
         )
-    processes.wait("the index", lambda: status(f"{service}/readyz") == 200 and live(service) == len(engines))
+    processes.wait("the index", lambda: status(f"{service}/readyz") == 200 and live(service) >= len(engines))
 
     say("4/4 Envoy")
     config = folder / "envoy.yaml"
@@ -179,16 +189,17 @@ def start(options: argparse.Namespace, folder: Path, processes: Processes) -> No
     processes.wait("Envoy", lambda: status(f"http://{HOST}:{options.admin}/ready") == 200)
 
 
-def vllm(engine: Engine, options: argparse.Namespace, model_path: str) -> list[str]:
+def vllm(engine: Engine, model: str, source: str) -> list[str]:
+    path = str(build_builtin(source, say)) if source.startswith(BUILTIN_PREFIX) else source
     events = (
         '{"enable_kv_cache_events": true, "publisher": "zmq", '
         f'"endpoint": "tcp://*:{engine.events}", "replay_endpoint": "tcp://*:{engine.replay}"}}'
     )
     return [
-        *(sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", model_path),
-        *("--served-model-name", options.model, "--host", HOST, "--port", str(engine.api)),
-        *("--block-size", str(options.block_size), "--max-model-len", "4096", "--dtype", fast_dtype()),
-        *("--enforce-eager", "--enable-prompt-tokens-details", "--kv-events-config", events),
+        *(sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", path),
+        *("--served-model-name", model, "--host", HOST, "--port", str(engine.api), "--max-model-len", "4096"),
+        *("--block-size", "32", "--dtype", fast_dtype(), "--enforce-eager", "--enable-prompt-tokens-details"),
+        *("--kv-events-config", events),
     ]
 
 
@@ -238,10 +249,13 @@ def live(service: str) -> int:
 def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="smollm2-135m-instruct", help="name that clients send")
-    parser.add_argument("--source", default="builtin:smollm2-135m-instruct", help="folder or Hugging Face id")
+    parser.add_argument(
+        "--source",
+        default="builtin:smollm2-135m-instruct",
+        help="of engines that are started: folder or Hugging Face id",
+    )
     parser.add_argument("--engine", action="append", type=Engine.parse, help="API:EVENTS:REPLAY ports; repeatable")
-    parser.add_argument("--block-size", type=int, default=32, help="of the engines, in tokens (default: %(default)s)")
-    for name, port in (("port", 8080), ("admin", 9901), ("picker", 9002), ("http", 8100), ("grpc", 8101)):
+    for name, port in PORTS.items():
         parser.add_argument(f"--{name}", type=int, default=port, help="port (default: %(default)s)")
     return parser.parse_args()
 
