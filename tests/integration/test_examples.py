@@ -294,6 +294,15 @@ class TestCustomScheduler:
         with KVCacheClient(scores) as kv:
             eventually(lambda: set(kv.explain(chat(opening("Cy"))).in_flight.values()) == {0}, 10)
 
+    def test_a_client_that_goes_ends_its_request(self, url: str, gateways: list[Gateway]) -> None:
+        body = chat(opening("Fay"), stream=True, max_tokens=1000)
+        headers = {"x-request-id": "gone"}
+        with KVCacheClient(gateways[1].service.url) as kv:
+            with httpx.stream("POST", f"{url}{CHAT}", json=body, headers=headers, timeout=120) as answer:
+                next(answer.iter_lines())
+                assert kv.first_token("gone")
+            eventually(lambda: not kv.first_token("gone"), 10)
+
     def test_pods_take_turns_while_the_service_is_away(self, url: str, stack: Stack, gateways: list[Gateway]) -> None:
         gateways[1].service.kill()
         try:
