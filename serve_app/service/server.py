@@ -134,7 +134,7 @@ class ScoreServer:
 
     def _http(self) -> tuple[uvicorn.Server, list[socket.socket]]:
         config = self.config
-        listening = bind(config.http)
+        listening = bind(config.http, shared=config.workers > 1)
         self.http_port = listening.getsockname()[1]
         app = http_app(self.service, logger=logger, metrics=self._registered.text)
         tls: dict[str, Any] = {}
@@ -258,8 +258,11 @@ class _Server(uvicorn.Server):
         yield
 
 
-def bind(address: str) -> socket.socket:
-    """A listening socket; several processes may have one of the same port.
+def bind(address: str, *, shared: bool) -> socket.socket:
+    """A listening socket.
+
+    Args:
+        shared: other processes of this service have one of the same port.
 
     Raises:
         OSError: the port is taken, or the host is not here.
@@ -269,7 +272,8 @@ def bind(address: str) -> socket.socket:
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     listening = socket.socket(family, socket.SOCK_STREAM)
     listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-    listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
+    if shared:
+        listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
     listening.bind((host, int(port)))
     return listening
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -158,14 +157,19 @@ def test_a_wrong_configuration_is_named(tmp_path: Path, given: dict[str, Any], s
     assert "Traceback" not in ended.stderr
 
 
-def test_a_port_that_is_taken_is_said(redis_url: str) -> None:
-    port = free_port()
-    with socket.socket() as taken:
-        taken.bind(("127.0.0.1", port))
-        taken.listen()
-        options = ["--model", MODEL, "--redis", redis_url, "--http", f"127.0.0.1:{port}"]
-        command = [sys.executable, "-m", "serve_app.cli", "serve-scores", *options]
-        ended = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+@pytest.mark.parametrize("option", ["--http", "--grpc", "--picker"])
+def test_a_port_that_is_taken_is_said(redis_url: str, commands: list[Command], option: str) -> None:
+    """Also one that another service has: it would share the questions, of another fleet maybe."""
+    picker = free_port()
+    running = Command("--model", MODEL, "--redis", redis_url, "--picker", f"127.0.0.1:{picker}")
+    commands.append(running)
+    running.until(lambda: httpx.get(f"{running.url}/healthz").status_code == 200)
+    free = dict(zip(("--http", "--grpc", "--picker"), free_ports(3), strict=True))
+    taken = {"--http": running.http, "--grpc": running.grpc, "--picker": picker}[option]
+    ports = free | {option: taken}
+    options = ["--model", MODEL, "--redis", redis_url, *(f"{name}=127.0.0.1:{port}" for name, port in ports.items())]
+    command = [sys.executable, "-m", "serve_app.cli", "serve-scores", *options]
+    ended = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
     assert ended.returncode == 1
-    assert f"127.0.0.1:{port}" in ended.stderr
+    assert f"127.0.0.1:{taken}" in ended.stderr
     assert "Traceback" not in ended.stderr
