@@ -203,7 +203,10 @@ class Decider:
         tag = request_tag(request_id)
         if ended:
             self._booked.pop(request_id, None)
-        self.chooser.progress(pod, Progress(prefilled=tag, ended=tag if ended else b""))
+        progress = Progress(prefilled=tag, ended=tag if ended else b"")
+        self.chooser.progress(pod, progress)
+        if self._log is not None:
+            self._log.told(pod, progress)
         if served is not None and self._desk is not None and self._log is not None and self._metrics is not None:
             for complete in self._desk.answered(pod, served):
                 self._log.receipt(msgspec.json.encode(complete))
@@ -331,7 +334,7 @@ class Decider:
             self._booked[asked.key] = _Booked(sent, found, choice)
         if found is not None and (before is None or before.sent.pod != pod):
             for route in self.chooser.route(sent, found):
-                self._log.routed(route)
+                self._log.routed(route._replace(lease_s=asked.lease_s))
         if choice.outcome is not Outcome.BASELINE:
             new = receipt(short_id(asked.request_id), self.id, time.time(), decision_s, pod, choice, found)
             expected = last_expected(found, pod, choice)

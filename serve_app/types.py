@@ -288,6 +288,7 @@ class Routed(NamedTuple):
     tokens: int  # that it has to compute
     at_s: float = 0.0  # receiver's monotonic clock
     tag: RequestTag = b""
+    lease_s: float = 0.0  # its router tells of its end, or it counts for so long; 0: the pod tells
 
 
 @dataclass(frozen=True, slots=True)

@@ -205,7 +205,7 @@ class HeartbeatRecord(msgspec.Struct, array_like=True, frozen=True):
 
 
 class LogRecord(msgspec.Struct, array_like=True, frozen=True):
-    """One change. `op` is join | add | remove | clear | leave; or load | route | verdict, which are no domain's state.
+    """One change. `op` is join | add | remove | clear | leave; or load | route | told | verdict: no domain's state.
 
     A join of the current epoch renews the domain's record.
     """
@@ -224,7 +224,8 @@ class LogRecord(msgspec.Struct, array_like=True, frozen=True):
     unused_blocks: int = 0  # with `load`: blocks of the GPU cache that hold nothing; 0 also if that is not known
     cause: str = ""  # with `verdict`: why a router does not believe what it knows of the domain; renewed every second
     tag: bytes = b""  # with `route`: the request
-    progress: Progress = NO_PROGRESS  # with `load`
+    progress: Progress = NO_PROGRESS  # with `load`; with `told`: by the router that has sent the requests there
+    lease_s: float = 0.0  # with `route`: so long it counts, unless its end is `told`; 0: the pod tells of it
 
 
 class SeqRecord(msgspec.Struct, array_like=True, frozen=True):

@@ -96,7 +96,7 @@ class _LogGapError(Exception):
 
 VERDICTS_MAX = 64  # routers that are heard on one domain
 LEFT_OUT_MAX = 1000  # senders that are named in the log
-_OPS = frozenset({"join", "add", "remove", "clear", "leave", "load", "route", "verdict"})
+_OPS = frozenset({"join", "add", "remove", "clear", "leave", "load", "route", "told", "verdict"})
 
 
 class _Delay:
@@ -400,8 +400,12 @@ class Mirror:
             case "verdict":
                 self._verdict(domain, epoch, record.router, record.cause)
             case "route":
-                route = Routed(PodId(record.domain), record.keys, record.tokens, time.monotonic(), record.tag)
+                route = Routed(
+                    PodId(record.domain), record.keys, record.tokens, time.monotonic(), record.tag, record.lease_s
+                )
                 self._routed.append((record.router, route))
+            case "told" if any(record.progress):
+                self._progress.append((PodId(record.domain), record.progress))
             case _:
                 pass  # of a later version; counted
 

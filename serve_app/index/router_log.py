@@ -24,7 +24,7 @@ from serve_app.index.faults import FaultLog, store_error
 from serve_app.index.keyspace import LOG_FIELD, Keyspace, LogRecord, encode
 from serve_app.index.redis_writer import LOG_MAX_ENTRIES
 from serve_app.supervision import Backoff, LoopGuard
-from serve_app.types import Epoch, ModelId, PodId, Routed
+from serve_app.types import Epoch, ModelId, PodId, Progress, Routed
 
 logger = logging.getLogger(__name__)
 
@@ -51,6 +51,7 @@ class RouterLog:
         self._redis = connect(url, name="kvcache-router", slot_of=self._keys.log)
         self._router = router
         self._routes: deque[Routed] = deque(maxlen=_QUEUE_MAX)
+        self._told: deque[tuple[PodId, Progress]] = deque(maxlen=_QUEUE_MAX)
         self._receipts: deque[bytes] = deque(maxlen=_QUEUE_MAX)
         self._distrusted: Mapping[PodId, tuple[Epoch, str]] = {}
         self._announce_at_s = 0.0
@@ -79,6 +80,12 @@ class RouterLog:
         """Tell the other routers, if there are any."""
         if self.shared:
             self._routes.append(route)
+            self._wake.set()
+
+    def told(self, pod: PodId, progress: Progress) -> None:
+        """What has become of requests that this router has sent there, and whose end only it hears of."""
+        if self.shared:
+            self._told.append((pod, progress))
             self._wake.set()
 
     def distrust(self, pods: Mapping[PodId, tuple[Epoch, str]]) -> None:
@@ -111,6 +118,7 @@ class RouterLog:
         """What was not written is old when Redis answers again, and may be what could not be written."""
         self.shared = False
         self._routes.clear()
+        self._told.clear()
         self._receipts.clear()
         self._stop.wait(wait_s)
 
@@ -118,10 +126,16 @@ class RouterLog:
         with self._redis.pipeline(transaction=False) as pipeline:
             for _ in range(len(self._routes)):
                 route = self._routes.popleft()
-                pod, keys, tokens, _, tag = route
-                record = LogRecord("route", pod, 0, keys=keys, router=self._router, tokens=tokens, tag=tag)
+                pod, keys, tokens, _, tag, lease_s = route
+                record = LogRecord(
+                    "route", pod, 0, keys=keys, router=self._router, tokens=tokens, tag=tag, lease_s=lease_s
+                )
                 pipeline.xadd(self._keys.log, {LOG_FIELD: encode(record)}, maxlen=LOG_MAX_ENTRIES, approximate=True)
                 self.counters["routes"] += 1
+            for _ in range(len(self._told)):  # after the routes that they end
+                pod, progress = self._told.popleft()
+                record = LogRecord("told", pod, 0, router=self._router, progress=progress)
+                pipeline.xadd(self._keys.log, {LOG_FIELD: encode(record)}, maxlen=LOG_MAX_ENTRIES, approximate=True)
             for _ in range(len(self._receipts)):
                 fields: dict[bytes, bytes] = {LOG_FIELD: self._receipts.popleft()}
                 pipeline.xadd(self._keys.receipts, fields, maxlen=RECEIPTS_MAX, approximate=True)  # type: ignore[arg-type]

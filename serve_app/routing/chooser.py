@@ -29,6 +29,7 @@ from serve_app.routing.turnover import Turnover
 from serve_app.scoring import Strategy, score_all
 from serve_app.types import BlockKeys, Found, PodId, PodLoad, PodMatch, Progress, RequestTag, Routed, Served
 
+LEASE_MAX_S = 3600.0
 SETTLE_S = 0.005  # the ledger is compared with the index at most this often
 
 _NOTHING = PodMatch()
@@ -308,9 +309,17 @@ class Chooser:
             self.ledger.withdraw(entry)
             self.turnover.withdraw(entry.pod, entry.tokens, entry.sent_at_s)
 
-    def routed(self, pod: PodId, keys: BlockKeys, tokens: int, now_s: float, tag: RequestTag = b"") -> None:
-        """Another router has sent a request there."""
+    def routed(
+        self, pod: PodId, keys: BlockKeys, tokens: int, now_s: float, tag: RequestTag = b"", lease_s: float = 0.0
+    ) -> None:
+        """Another router has sent a request there.
+
+        Args:
+            lease_s: so long it counts, unless that router tells of its end; 0: the pod tells of it.
+        """
         self.in_flight.sent(pod, now_s, tag)
+        if lease_s > 0:
+            self.in_flight.lease(pod, tag, now_s + min(lease_s, LEASE_MAX_S))
         self._turns.sent(pod)
         expected_s = (self.ledger.queued_tokens(pod) + tokens) * self.rates.s_per_token(pod)
         self.ledger.sent(pod, keys, tokens, now_s, tag=tag, expected_s=expected_s)

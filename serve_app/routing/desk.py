@@ -51,7 +51,7 @@ class Desk:
         for router, route in self._mirror.routed():
             if router != self._router:
                 with self._one_item("what a router has routed"):
-                    self.chooser.routed(route.pod, route.keys, route.tokens, route.at_s, route.tag)
+                    self.chooser.routed(route.pod, route.keys, route.tokens, route.at_s, route.tag, route.lease_s)
         for pod, progress in self._mirror.progress():
             with self._one_item("what has become of a pod's requests"):
                 self.chooser.progress(pod, progress)

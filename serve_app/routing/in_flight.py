@@ -24,6 +24,7 @@ REPORT_DELAY_S = 0.15  # the replica looks every 20 ms, its publisher reports ev
 REPORT_LATE_S = 3.0
 FORGET_S = 30.0
 REPORT_VALID_S = 5.0  # a replica reports every second at least: an older report is of one that is not heard any more
+LEASES_MAX = 10_000  # of a pod; more of them have long been lost
 ACCEPT_S = 10.0  # a request that no engine has accepted in this time has not come to one
 
 
@@ -47,7 +48,10 @@ class InFlight:
 
     def lease(self, pod: PodId, tag: RequestTag, until_s: float) -> None:
         """The request that was just sent there counts until its end is told, or until then."""
-        self._leases.setdefault(pod, {})[tag] = until_s
+        leases = self._leases.setdefault(pod, {})
+        leases[tag] = until_s
+        if len(leases) > LEASES_MAX:
+            del leases[next(iter(leases))]
 
     def withdrawn(self, pod: PodId, tag: RequestTag = b"") -> None:
         """The last request that was sent there has not gone there after all."""

@@ -233,7 +233,8 @@ class TestRefusals:
         [
             ("/v1/score", b"{", 400),
             ("/v1/score", b"\xff\x00", 400),
-            ("/v1/score", b"[" * 100_000, 422),
+            ("/v1/score", b'{"x": ' + b"[" * 100_000, 422),
+            ("/v1/score", b"[" * 100_000, 400),
             ("/v1/choose", b'{"lease_s": -1}', 422),
             ("/v1/choose", b'{"request_id": "%s"}' % (b"x" * 2000), 422),
             ("/v1/done", b"{}", 422),
@@ -412,6 +413,32 @@ class TestServing:
             choice = await kv.choose(PROMPT)
             assert (choice.chosen.replica, choice.chosen.rank) == ("r", 1)
         await service.close()
+
+    async def test_two_services_count_each_others_choices(
+        self, service: Service, kv: AsyncKVCacheClient, redis_url: str
+    ) -> None:
+        other = Service(redis_url)
+        await other.ready(pods=3)
+        log = service.server.service.models[0].decider._log  # type: ignore[attr-defined]
+        await until(lambda: log.shared)
+        async with AsyncKVCacheClient(other.url) as there:
+
+            async def counted(count: int) -> None:
+                for _ in range(400):
+                    if (await there.explain(PROMPT)).in_flight["c"] == count:
+                        return
+                    await asyncio.sleep(0.02)
+                raise AssertionError(f"{count} were not counted there")
+
+            for i in range(3):
+                await kv.choose({**PROMPT, "prompt": [i, *TOKENS]}, pods=["c"], request_id=f"r{i}")
+            await counted(3)
+            await kv.done("r0")
+            await counted(2)
+            await kv.choose({**PROMPT, "prompt": [9, *TOKENS]}, pods=["c"], request_id="short", lease_s=0.5)
+            await counted(3)
+            await counted(2)
+        await other.close()
 
     async def test_reported_load_moves_the_choice(self, service: Service, kv: AsyncKVCacheClient, fleet: Fleet) -> None:
         mirror = service.server.service.models[0].decider.mirror  # type: ignore[attr-defined]

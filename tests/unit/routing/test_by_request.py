@@ -6,6 +6,7 @@ from collections import Counter
 
 import pytest
 
+from serve_app.routing import in_flight as in_flight_module
 from serve_app.routing.early import MAX as EARLY_MAX
 from serve_app.routing.early import Early
 from serve_app.routing.in_flight import ACCEPT_S, FORGET_S, REPORT_VALID_S, InFlight
@@ -218,3 +219,13 @@ def test_a_slow_fleet_is_not_suspected() -> None:
     fleet.frozen.update((A, B, C, D))
     fleet.run(10)
     assert max(fleet.share.values()) < 0.5 * fleet.share.total(), fleet.share
+
+
+def test_leases_of_a_pod_are_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(in_flight_module, "LEASES_MAX", 3)
+    in_flight = InFlight()
+    for i in range(10):
+        in_flight.sent(PodId("a"), 0.0, request_tag(f"r{i}"))
+        in_flight.lease(PodId("a"), request_tag(f"r{i}"), 100.0)
+    assert in_flight.count(PodId("a"), 1.0) == 3
+    assert in_flight.count(PodId("a"), 100.0) == 0
