@@ -227,7 +227,7 @@ def test_one_router_gone_nobody_waits(stack: Stack) -> None:
         started_s = time.monotonic()
         assert stack.by(1) == ["r1"]
         waits_s.append(time.monotonic() - started_s)
-    assert max(waits_s) < 1
+    assert max(waits_s) < 2  # it was three seconds; a busy machine takes one
     assert len(other.requests) == 20
 
 

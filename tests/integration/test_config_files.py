@@ -11,6 +11,7 @@ import pytest
 import ray
 import yaml
 from pydantic import ValidationError
+from ray.llm._internal.serve import constants as ray_constants
 from ray.llm._internal.serve.core.ingress import builder as ray_builder
 from ray.serve import Application
 from ray.serve._private import build_app as ray_build_app
@@ -18,7 +19,6 @@ from ray.serve._private.build_app import build_app
 from ray.serve.llm import LLMConfig
 from ray.serve.schema import ServeDeploySchema
 
-import serve_app.app
 from serve_app.app import build_kvcache, build_llm, build_openai_app
 from serve_app.config import GraphArgs, LLMArgs, OpenAIArgs
 from serve_app.errors import ConfigError
@@ -92,7 +92,7 @@ class TestOneLine:
     @staticmethod
     def direct(monkeypatch: pytest.MonkeyPatch) -> None:
         """As with configs/direct.env, which is read when Ray is imported."""
-        monkeypatch.setattr(serve_app.app, "RAY_SERVE_LLM_ENABLE_DIRECT_STREAMING", True)
+        monkeypatch.setattr(ray_constants, "RAY_SERVE_LLM_ENABLE_DIRECT_STREAMING", True)
         monkeypatch.setattr(ray_builder, "RAY_SERVE_LLM_ENABLE_DIRECT_STREAMING", True)
         monkeypatch.setattr(ray_build_app, "RAY_SERVE_ENABLE_HA_PROXY", True)
 

@@ -418,7 +418,7 @@ def test_routers_may_be_killed_and_frozen_and_no_request_fails(
         return [one for one in processes if _title(one).startswith("ray::ServeReplica:llm:IngressRouter")]
 
     messages = [{"role": "user", "content": story("Lee")}]
-    home, _ = ask(openai_client, messages)
+    ask(openai_client, messages)
     time.sleep(0.5)
     with _Load(stack.url) as load:
         first, second = routers()
@@ -439,7 +439,8 @@ def test_routers_may_be_killed_and_frozen_and_no_request_fails(
     assert sum(took_s > 3 for took_s in load.took_s) <= 16
     assert max(load.took_s) < 8
     eventually(lambda: len(routers()) == 2, 120)
-    eventually(lambda: [ask(openai_client, messages)[0] for _ in range(4)] == [home] * 4, 60)
+    # Meanwhile both replicas may have got it, so either may be its home now; but then it stays there.
+    eventually(lambda: len({ask(openai_client, messages)[0] for _ in range(8)}) == 1, 60)
 
 
 def test_a_killed_replica_is_gone_from_the_index_and_requests_go_on(
