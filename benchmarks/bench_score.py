@@ -13,6 +13,7 @@ import contextlib
 import json
 import os
 import random
+import signal
 import statistics
 import subprocess
 import sys
@@ -34,7 +35,6 @@ ROOT: Final = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))  # the script runs from anywhere
 
 from benchmarks.overhead.environment import environment  # noqa: E402
-from serve_app import local_stack  # noqa: E402
 from serve_app.index.keyspace import HeartbeatRecord  # noqa: E402
 from serve_app.index.mirror import Mirror  # noqa: E402
 from serve_app.index.redis_writer import RedisWriter  # noqa: E402
@@ -207,11 +207,17 @@ def ray_graph(url: str) -> Iterator[int]:
         "args": {"model": MODEL, "redis_url": url, "limits": {"scores_per_s": 100_000}},
     }
     config = {"http_options": {"host": "127.0.0.1", "port": port}, "applications": [application]}
-    running = local_stack.start(config, direct=False, on_progress=lambda _: None, name="bench_score")
-    try:
-        yield port
-    finally:
-        local_stack.stop(running, on_progress=lambda _: None)
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "graph.yaml"
+        path.write_text(json.dumps(config))  # JSON is YAML
+        command = [str(Path(sys.executable).with_name("serve")), "run", "--address", "local", str(path)]
+        environ = {**os.environ, "PYTHONPATH": str(ROOT), "RAY_USAGE_STATS_ENABLED": "0"}
+        process = subprocess.Popen(command, env=environ, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        try:
+            yield port
+        finally:
+            process.send_signal(signal.SIGINT)
+            process.wait(60)
 
 
 @contextlib.asynccontextmanager
