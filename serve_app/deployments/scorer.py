@@ -10,6 +10,7 @@ The endpoints are those of the score service (serve_app/service/http.py), on the
 
 import logging
 import pickle
+import time
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -34,6 +35,8 @@ from serve_app.types import Found, ModelId, PodId
 
 logger = logging.getLogger("ray.serve")
 
+_AGES_MAX_AGE_S = 1.0
+
 
 class GraphBackend:
     """The model's index in the graph's deployments."""
@@ -43,6 +46,8 @@ class GraphBackend:
     ) -> None:
         self.model = ModelId(model)
         self._block_index = block_index
+        self._ages: Mapping[str, float] = {}
+        self._ages_until_s = 0.0
         self._indexer = Indexer(RemotePrompts(lambda: prefix_store), RemoteIndex(lambda: block_index), strategy)
 
     def knows(self, name: str) -> bool:
@@ -57,8 +62,12 @@ class GraphBackend:
         return costs
 
     async def ages_s(self) -> Mapping[str, float]:
-        ages: Mapping[str, float] = await self._block_index.ages_s.remote()
-        return ages
+        """As they were a second ago at most: a question would take one more hop for them."""
+        now_s = time.monotonic()
+        if now_s > self._ages_until_s:
+            self._ages = await self._block_index.ages_s.remote()
+            self._ages_until_s = now_s + _AGES_MAX_AGE_S
+        return self._ages
 
     async def describe(self) -> dict[str, Any]:
         described: dict[str, Any] = await self._block_index.describe.remote()
