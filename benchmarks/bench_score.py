@@ -3,7 +3,8 @@
 In: options. Out: benchmarks/results/score.json, and a table. One Valkey, to which 8 and then 64 pods have published;
 the same prompts in every row. The service is `kvcache serve-scores`; the client is another process, with raw sockets
 and kept connections, so that little of the time is its own. "warm": the prompt is in the prefix store; "cold": it was
-never seen. Rates: 16 questions at a time, warm 9,000 tokens. Memory: the service's, with 1M blocks. (The prefix store adds up to its cap.)
+never seen. Rates: 16 questions at a time, warm 9,000 tokens. Memory: the service's, with 1M blocks; the prefix store
+comes on top, up to its cap.
 """
 
 from __future__ import annotations
