@@ -13,6 +13,7 @@ MOST_MB = 560  # 490 when this was written: llvmlite 162, transformers 122, nump
 
 
 @pytest.mark.integration
+@pytest.mark.timeout(1200)  # pip, and what it downloads
 def test_the_base_installation_is_small_and_starts(wheel: Path, tmp_path: Path) -> None:
     subprocess.run([sys.executable, "-m", "venv", tmp_path], check=True)
     pip = (tmp_path / "bin" / "pip", "--disable-pip-version-check", "--quiet")
