@@ -18,7 +18,7 @@ from serve_app.index.connection import connect
 from serve_app.index.description import ages_s, describe
 from serve_app.index.keyspace import Keyspace
 from serve_app.index.mirror import Mirror
-from serve_app.index.router_log import read_receipts
+from serve_app.index.router_log import recent_receipts
 from serve_app.metrics import IndexMetrics
 from serve_app.once import Once
 from serve_app.prompts.prefix_store import PrefixStore as Store
@@ -94,10 +94,7 @@ class BlockIndex:
 
     async def receipts(self, count: int) -> list[bytes]:
         """The routers' last receipts as JSON, newest first; none while Redis is away."""
-        try:
-            return await asyncio.to_thread(read_receipts, self._redis, self._model, count)
-        except StoreError:
-            return []
+        return await recent_receipts(self._redis, self._model, count)
 
     async def describe(self) -> dict[str, Any]:
         """The index as people want to see it."""

@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-import asyncio
 from collections.abc import Mapping, Sequence
-from collections.abc import Set as AbstractSet
 from typing import Any, Protocol
 
 import msgspec
 
 from serve_app.decider import Asked, Decider, Decision
-from serve_app.errors import IndexUnavailable, StoreError
+from serve_app.errors import IndexUnavailable
 from serve_app.index.connection import connect
 from serve_app.index.description import ages_s, describe
 from serve_app.index.keyspace import Keyspace
-from serve_app.index.router_log import read_receipts
+from serve_app.index.router_log import recent_receipts
 from serve_app.indexer import Body
 from serve_app.routing.choice import Cost
 from serve_app.scoring import Strategy
@@ -64,7 +62,7 @@ class LocalBackend:
         self.decider = decider
         self._discovery = discovery
         self._redis = connect(redis_url, name="kvcache-receipts", slot_of=Keyspace(self.model).receipts)
-        self._known: AbstractSet[PodId] = frozenset()  # replicas that the decider was told of
+        self.addresses: Mapping[PodId, str] = {}  # what `candidates` said last: the decider was told of these
         self._strangers: dict[PodId, None] = {}  # others that were named in questions, the latest first
 
     def knows(self, name: str) -> bool:
@@ -94,11 +92,8 @@ class LocalBackend:
         return describe(self.decider.followed())
 
     async def receipts(self, count: int) -> list[dict[str, Any]]:
-        try:
-            raw = await asyncio.to_thread(read_receipts, self._redis, self.model, count)
-        except StoreError:
-            return []
-        return [msgspec.json.decode(one, type=dict[str, Any]) for one in raw]
+        encoded = await recent_receipts(self._redis, self.model, count)
+        return [msgspec.json.decode(one, type=dict[str, Any]) for one in encoded]
 
     # -- choices --------------------------------------------------------------------------------------------------
 
@@ -136,18 +131,19 @@ class LocalBackend:
         }
         for address in (found or frozenset()) - set(live.values()):
             live[PodId(address)] = address
-        if live.keys() != self._known:
-            self._known = live.keys()
+        joined_or_left = live.keys() != self.addresses.keys()
+        self.addresses = live
+        if joined_or_left:
             self.decider.keep_only([*live, *self._strangers])
         return live
 
     def _meet(self, names: Sequence[PodId]) -> None:
         """Whoever is named is booked as if it were there; of those that nobody knows, the last `STRANGERS_MAX`."""
-        strangers = [name for name in names if name not in self._known]
+        strangers = [name for name in names if name not in self.addresses]
         self._strangers = dict.fromkeys(strangers) | self._strangers
         if len(self._strangers) > STRANGERS_MAX:
             self._strangers = dict.fromkeys(list(self._strangers)[: STRANGERS_MAX // 2])
-            self.decider.keep_only([*self._known, *self._strangers])
+            self.decider.keep_only([*self.addresses, *self._strangers])
 
     def ranks(self) -> Mapping[str, int]:
         """Of pods that are a data parallel rank."""

@@ -172,7 +172,7 @@ class ScoreService:
         wanted = [PodId(pod) for pod in fields.pods] if fields.pods else None
         with refusing():
             decision, chosen = await self.decide(model, asked, wanted)
-        return _choice(request_id, lease_s, decision, chosen, model.candidates(), model)
+        return _choice(request_id, lease_s, decision, chosen, model.addresses, model)
 
     async def decide(self, model: LocalBackend, asked: Asked, wanted: Sequence[PodId] | None) -> tuple[Decision, PodId]:
         """Who is to get it, and which of its ranks; with its reservation.

@@ -79,6 +79,7 @@ class ScoreServer:
         self._registered = Registered()
         self._stop = asyncio.Event()
         self.http_port = self.grpc_port = self.picker_port = 0
+        self._grpc_names: tuple[str, ...] = ()  # that gRPC's health is asked for
 
     async def run(self) -> None:
         """Until a signal, or `stop`."""
@@ -163,11 +164,7 @@ class ScoreServer:
         names = add_score_api(server, self.service, logger)
         health_pb2_grpc.add_HealthServicer_to_server(self._grpc_health, server)
         reflection.enable_server_reflection((*names, health.SERVICE_NAME, reflection.SERVICE_NAME), server)
-        self.grpc_port = (
-            server.add_secure_port(config.grpc, grpc_credentials(config.tls))
-            if config.tls
-            else server.add_insecure_port(config.grpc)
-        )
+        self.grpc_port = add_port(server, config.grpc, config.tls)
         self._grpc_names = ("", *names)
         await server.start()
         return server
@@ -185,11 +182,7 @@ class ScoreServer:
         )
         add_picker(server, chooser, max_body_bytes=most, counters=counters)
         health_pb2_grpc.add_HealthServicer_to_server(self._grpc_health, server)
-        self.picker_port = (
-            server.add_secure_port(config.picker, grpc_credentials(config.tls))
-            if config.tls
-            else server.add_insecure_port(config.picker)
-        )
+        self.picker_port = add_port(server, config.picker, config.tls)
         await server.start()
         return server
 
@@ -213,7 +206,7 @@ class ScoreServer:
 
     async def _set_health(self, *, is_ready: bool) -> None:
         status = health_pb2.HealthCheckResponse.SERVING if is_ready else health_pb2.HealthCheckResponse.NOT_SERVING
-        for name in getattr(self, "_grpc_names", ()):
+        for name in self._grpc_names:
             await self._grpc_health.set(name, status)
 
     def _listen_to_signals(self) -> None:
@@ -278,8 +271,14 @@ def bind(address: str, *, shared: bool) -> socket.socket:
     return listening
 
 
-def grpc_credentials(tls: TLSSettings) -> grpc.ServerCredentials:
-    return grpc.ssl_server_credentials([(tls.key.read_bytes(), tls.certificate.read_bytes())])
+def add_port(server: grpc.aio.Server, address: str, tls: TLSSettings | None) -> int:
+    """Have it listen there. Returns the port."""
+    if tls is None:
+        port: int = server.add_insecure_port(address)
+    else:
+        credentials = grpc.ssl_server_credentials([(tls.key.read_bytes(), tls.certificate.read_bytes())])
+        port = server.add_secure_port(address, credentials)
+    return port
 
 
 def _shown(address: str, port: int) -> str:
