@@ -22,7 +22,7 @@ import xxhash
 from serve_app.types import BlockKey, BlockKeys, ModelId
 
 KEY_BYTES = 8
-_TOKEN_BYTES = 4
+TOKEN_BYTES = 4
 _HUNDRED_KEYS = struct.Struct(f"{KEY_BYTES}s" * 100)
 
 
@@ -58,7 +58,7 @@ def block_keys(
         extras: per block, bytes that tell apart blocks with equal tokens (images, embeddings); b"" for none.
     """
     digest = xxhash.xxh3_64_digest
-    step = block_size * _TOKEN_BYTES
+    step = block_size * TOKEN_BYTES
     keys: list[bytes] = []
     key: bytes = parent
     starts = range(0, len(tokens) - step + 1, step)

@@ -19,7 +19,7 @@ from typing import Any
 import msgspec
 import xxhash
 
-from serve_app.blocks import block_keys, namespace_key, pack_tokens
+from serve_app.blocks import TOKEN_BYTES, block_keys, namespace_key
 from serve_app.errors import PromptError
 from serve_app.prompts.anthropic import merges_system
 from serve_app.prompts.chat import ChatRenderer
@@ -148,9 +148,9 @@ class PromptEncoder:
 
     def _prepare(self, prompt: Prompt, root: BlockKey) -> Prepared:
         if isinstance(prompt, TokenPrompt):
-            packed = pack_tokens(prompt.token_ids)
-            keys = block_keys(packed, self.spec.block_size, root)
-            return Prepared([], [], None, EncodedPrompt(keys, len(prompt.token_ids), 0, (packed,)))
+            keys = block_keys(prompt.packed, self.spec.block_size, root)
+            count = len(prompt.packed) // TOKEN_BYTES
+            return Prepared([], [], None, EncodedPrompt(keys, count, 0, (prompt.packed,)))
         if isinstance(prompt, ChatPrompt) and (media := count_media(prompt.messages)):
             if prompt.other is not None:
                 raise PromptError("ambiguous", "the request has images, and may be for either of two endpoints")

@@ -11,6 +11,7 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+from serve_app.blocks import pack_tokens
 from serve_app.errors import PromptError
 from serve_app.prompts import anthropic, responses
 from serve_app.prompts.forms import Form, recognise
@@ -57,9 +58,9 @@ class TextPrompt:
 
 @dataclass(frozen=True, slots=True)
 class TokenPrompt:
-    """Token ids that the client has made itself."""
+    """Token ids that the client has made itself, packed (blocks.pack_tokens)."""
 
-    token_ids: Sequence[int]
+    packed: bytes
 
 
 Prompt = ChatPrompt | TextPrompt | TokenPrompt
@@ -255,9 +256,12 @@ def _texts_or_ids(prompt: Any, special: bool) -> list[Prompt]:
 
 
 def _token_prompt(ids: Any) -> TokenPrompt:
-    if not isinstance(ids, list) or not all(type(i) is int and 0 <= i < 2**32 for i in ids):
-        raise PromptError("bad_prompt", "token ids must be integers from 0 to 2**32 - 1")
-    return TokenPrompt(ids)
+    try:
+        if isinstance(ids, list) and set(map(type, ids)) <= {int}:  # a bool is an int, but no token
+            return TokenPrompt(pack_tokens(ids))
+    except OverflowError:
+        pass
+    raise PromptError("bad_prompt", "token ids must be integers from 0 to 2**32 - 1")
 
 
 def _is_text(value: Any) -> bool:

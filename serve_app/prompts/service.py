@@ -38,6 +38,7 @@ MAX_PREPARING = 8  # large requests at a time, of which one is worked on
 # What a request on the loop may have: parsing, rendering and naming it takes some 3 ms then.
 LIGHT_ITEMS = 4_000  # values in its JSON, however deep
 LIGHT_CHARS = 2**20  # in its strings
+LIGHT_IDS = 60_000  # token ids, which are packed and hashed, no more
 
 Tokenize = Callable[[TokenizerSource, Sequence[Segment]], Awaitable[list[bytes]]]
 """(tokenizer, segments) -> packed token ids of each segment, made elsewhere."""
@@ -192,7 +193,7 @@ class PromptService:
 
 def is_light(body: Mapping[str, Any]) -> bool:
     """Whether to prepare it takes no more than some milliseconds. Looks at no more than `LIGHT_ITEMS` values."""
-    items, chars = 0, 0
+    items, chars, ids = 0, 0, 0
     left: list[Any] = [body]
     while left:
         value = left.pop()
@@ -202,11 +203,13 @@ def is_light(body: Mapping[str, Any]) -> bool:
             items += len(value)
             if items <= LIGHT_ITEMS:
                 left.extend(value.values())
+        elif isinstance(value, list) and value and type(value[0]) is int:
+            ids += len(value)  # nothing is in them
         elif isinstance(value, list):
             items += len(value)
-            if items <= LIGHT_ITEMS and not (value and type(value[0]) is int):  # token ids have nothing in them
+            if items <= LIGHT_ITEMS:
                 left.extend(value)
-        if items > LIGHT_ITEMS or chars > LIGHT_CHARS:
+        if items > LIGHT_ITEMS or chars > LIGHT_CHARS or ids > LIGHT_IDS:
             return False
     return True
 

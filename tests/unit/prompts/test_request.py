@@ -4,6 +4,7 @@ from typing import Any
 
 import pytest
 
+from serve_app.blocks import pack_tokens
 from serve_app.errors import PromptError
 from serve_app.prompts.request import (
     MAX_PROMPTS,
@@ -41,8 +42,8 @@ def test_completion_defaults_are_vllms() -> None:
     ("prompt", "expected"),
     [
         (["a", "b"], [TextPrompt("a"), TextPrompt("b")]),
-        ([1, 2], [TokenPrompt([1, 2])]),
-        ([[1, 2], [3]], [TokenPrompt([1, 2]), TokenPrompt([3])]),
+        ([1, 2], [TokenPrompt(pack_tokens([1, 2]))]),
+        ([[1, 2], [3]], [TokenPrompt(pack_tokens([1, 2])), TokenPrompt(pack_tokens([3]))]),
     ],
 )
 def test_prompt_lists(prompt: Any, expected: Any) -> None:
@@ -55,7 +56,7 @@ def test_only_so_many_prompts_at_once(prompt: Any) -> None:
     with pytest.raises(PromptError) as caught:
         parse_request({"prompt": [prompt] * (MAX_PROMPTS + 1)})
     assert caught.value.reason == "many_prompts"
-    assert parse_request({"prompt": [1] * 5000}) == [TokenPrompt([1] * 5000)]  # one prompt
+    assert parse_request({"prompt": [1] * 5000}) == [TokenPrompt(pack_tokens([1] * 5000))]  # one prompt
 
 
 def test_tools_as_vllm_dumps_them() -> None:
@@ -82,7 +83,7 @@ def test_tools_go_when_the_engine_excludes_them() -> None:
 
 
 def test_token_ids_of_a_generate_request() -> None:
-    assert parse_request({"token_ids": [1, 2], "sampling_params": {}}) == [TokenPrompt([1, 2])]
+    assert parse_request({"token_ids": [1, 2], "sampling_params": {}}) == [TokenPrompt(pack_tokens([1, 2]))]
 
 
 @pytest.mark.parametrize(
@@ -90,7 +91,7 @@ def test_token_ids_of_a_generate_request() -> None:
     [
         ({"input": "a"}, [TextPrompt("a")]),
         ({"input": ["a", "b"]}, [TextPrompt("a"), TextPrompt("b")]),
-        ({"input": [[1], [2, 3]]}, [TokenPrompt([1]), TokenPrompt([2, 3])]),
+        ({"input": [[1], [2, 3]]}, [TokenPrompt(pack_tokens([1])), TokenPrompt(pack_tokens([2, 3]))]),
         ({"messages": [USER]}, [ChatPrompt([USER], add_generation_prompt=False)]),
         ({"input": [USER]}, [ChatPrompt([USER], add_generation_prompt=False)]),
     ],
@@ -131,7 +132,7 @@ def test_a_template_that_tokenizes_adds_no_special_tokens(fields: dict[str, Any]
 
 def test_token_ids_of_the_prefill_stage() -> None:
     body = {"messages": [USER], "kv_transfer_params": {"prompt_token_ids": [1, 2]}}
-    assert parse_request(body) == [TokenPrompt([1, 2])]
+    assert parse_request(body) == [TokenPrompt(pack_tokens([1, 2]))]
 
 
 @pytest.mark.parametrize(

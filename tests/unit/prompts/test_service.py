@@ -14,7 +14,7 @@ import pytest
 from serve_app.errors import PromptError
 from serve_app.prompts.encoder import PromptEncoder
 from serve_app.prompts.prefix_store import PrefixStore
-from serve_app.prompts.service import MAX_PREPARING, PromptService, is_light
+from serve_app.prompts.service import LIGHT_IDS, MAX_PREPARING, PromptService, is_light
 from serve_app.prompts.tokenizer import Segment, Tokenizer
 from serve_app.types import EncodedKeys, EngineSpec, ModelId
 
@@ -246,6 +246,8 @@ def test_ordinary_requests_are_light() -> None:
     tool = {"type": "function", "function": {"name": "f", "parameters": {"properties": {"a": {"type": "string"}}}}}
     assert is_light({"model": "m", "messages": turns, "tools": [tool] * 60})
     assert is_light({"model": "m", "prompt": "x" * 2**19})
+    assert is_light({"model": "m", "prompt": list(range(LIGHT_IDS))})
+    assert not is_light({"model": "m", "prompt": list(range(LIGHT_IDS + 1))})
     deep: Any = "end"
     for _ in range(10_000):
         deep = [deep]
