@@ -110,7 +110,7 @@ bench-router: setup ## what a decision costs with 8, 64 and 256 replicas, and ho
 	@$(BIN)/python benchmarks/bench_router.py $(ARGS)
 
 .PHONY: bench-score
-bench-score: setup ## what a score costs in process, over HTTP and gRPC, and in Ray's graph
+bench-score: bench-setup ## what a score costs in process, over HTTP and gRPC, in Ray's graph; Dynamo's indexer beside it
 	@$(BIN)/python benchmarks/bench_score.py $(ARGS)
 
 .PHONY: protos

@@ -3,8 +3,11 @@
 In: options. Out: benchmarks/results/score.json, and a table. One Valkey, to which 8 and then 64 pods have published;
 the same prompts in every row. The service is `kvcache serve-scores`; the client is another process, with raw sockets
 and kept connections, so that little of the time is its own. "warm": the prompt is in the prefix store; "cold": it was
-never seen. Rates: 16 questions at a time, warm 9,000 tokens. Memory: the service's, with 1M blocks; the prefix store
-comes on top, up to its cap.
+never seen. Rates: 16 questions at a time, warm 9,000 tokens. Memory: the service's, with 1M blocks more, and with a
+prefix store that is full.
+
+Beside it, if `ai-dynamo-runtime` is there (`make bench-score` sees to that): NVIDIA Dynamo's standalone KV indexer,
+which holds the same blocks. It is asked with token ids, so the service is too.
 """
 
 from __future__ import annotations
@@ -14,19 +17,18 @@ import contextlib
 import json
 import os
 import random
-import signal
 import statistics
-import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from contextlib import AbstractAsyncContextManager
+from functools import partial
 from pathlib import Path
-from typing import Annotated, Any, Final
+from typing import Annotated, Any, Final, NamedTuple
 
 os.environ["TOKENIZERS_PARALLELISM"] = "false"  # before tokenizers is imported
 
-import grpc
 import psutil
 import typer
 from rich.console import Console
@@ -36,30 +38,26 @@ ROOT: Final = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))  # the script runs from anywhere
 
 from benchmarks.overhead.environment import environment  # noqa: E402
-from serve_app.index.keyspace import HeartbeatRecord  # noqa: E402
-from serve_app.index.mirror import Mirror  # noqa: E402
-from serve_app.index.redis_writer import RedisWriter  # noqa: E402
+from benchmarks.score import dynamo  # noqa: E402
+from benchmarks.score.fleet import MODEL, Fleet, body  # noqa: E402
+from benchmarks.score.ways import Ask, grpc_way, http, library, ray_graph, service, until_ready  # noqa: E402
+from serve_app.config import DEFAULT_PREFIX_STORE_BYTES  # noqa: E402
 from serve_app.index.valkey import ValkeyProcess  # noqa: E402
-from serve_app.indexer import Indexer, LocalIndex  # noqa: E402
-from serve_app.model import resolve_model  # noqa: E402
 from serve_app.ports import free_ports  # noqa: E402
-from serve_app.prompts.encoder import PromptEncoder  # noqa: E402
-from serve_app.prompts.prefix_store import PrefixStore  # noqa: E402
-from serve_app.prompts.service import PromptService  # noqa: E402
-from serve_app.protos import kvcache_pb2, kvcache_pb2_grpc  # noqa: E402
-from serve_app.types import GPU, Domain, DomainId, EngineSpec, Epoch, ModelId, PodId  # noqa: E402
 
 OUTPUT: Final = ROOT / "benchmarks/results/score.json"
-MODEL: Final = ModelId("bench")
-BLOCK_SIZE: Final = 16
-SIZES: Final = {"1k": 1_000, "9k": 9_000, "60k": 60_000}
-WORDS: Final = Path(__file__).read_text().split()
 AT_ONCE: Final = 16
 BATCH: Final = 32
 MILLION: Final = 1_000_000
 
-Ask = Callable[[bytes], Awaitable[Any]]
-"""A question as JSON -> its answer, which is checked."""
+
+class Way(NamedTuple):
+    """A way to ask."""
+
+    opened: Callable[[], AbstractAsyncContextManager[Ask]]  # for one who asks
+    questions: Mapping[str, bytes]
+    is_cold_asked: bool = True  # a question of token ids has nothing to tokenize
+    is_rated: bool = True
 
 
 def main(
@@ -69,7 +67,7 @@ def main(
     graph: Annotated[bool, typer.Option(help="Ray's graph too; it takes half a minute to start.")] = True,
     output: Annotated[Path, typer.Option(help="Where to write the result.")] = OUTPUT,
 ) -> None:
-    """Measure scores. Takes four minutes."""
+    """Measure scores. Takes six minutes."""
     if quick:
         repeats, seconds, graph = 40, 1.0, False
     rows: list[dict[str, Any]] = []
@@ -77,92 +75,53 @@ def main(
     with tempfile.TemporaryDirectory() as folder:
         valkey = ValkeyProcess(Path(folder) / "valkey" / "socket")
         try:
-            url = f"unix://{folder}/valkey/socket"
-            fleet = Fleet(url)
+            fleet = Fleet(f"unix://{folder}/valkey/socket")
             for pods in (8, 64):
                 fleet.join(pods)
-                rows += asyncio.run(measure(fleet, pods, repeats, seconds, graph=graph and pods == 8))
+                with fleet.alive():
+                    rows += asyncio.run(measure(fleet, pods, repeats, seconds, Path(folder), graph=graph and pods == 8))
             if not quick:
                 memory = asyncio.run(measure_memory(fleet))
         finally:
             valkey.stop()
     report = {"command": " ".join(sys.argv), **environment(ROOT), "rows": rows, "memory_mb": memory}
+    report["versions"][dynamo.PACKAGE] = dynamo.installed() or "not here"
     output.parent.mkdir(parents=True, exist_ok=True)
     output.write_text(json.dumps(report, indent=2) + "\n")
     show(rows, memory)
 
 
-class Fleet:
-    """Pods that have published, and the prompts that they hold."""
-
-    def __init__(self, url: str) -> None:
-        self.url = url
-        self.spec = EngineSpec(MODEL, BLOCK_SIZE, resolve_model("builtin:smollm2-135m-instruct"))
-        self._encoder = PromptEncoder(self.spec, PrefixStore(1 << 29))
-        self.writer = RedisWriter(url, MODEL, lease_ttl_s=3600)
-        self.bodies = {name: body(tokens, random.Random(name)) for name, tokens in SIZES.items()}
-        self._epochs: dict[str, Epoch] = {}
-
-    def join(self, count: int) -> None:
-        """So many pods; the i-th holds a share of each prompt."""
-        for i in range(len(self._epochs), count):
-            pod, epoch = f"pod-{i:02}", Epoch(time.time_ns() // 1_000_000)
-            self._epochs[pod] = epoch
-            self.writer.join(Domain(DomainId(pod), epoch, self.spec, PodId(pod), address=f"10.0.0.{i}:8000"))
-            for asked in self.bodies.values():
-                keys = self.keys(asked)
-                self.writer.add(DomainId(pod), epoch, GPU, keys[: len(keys) // 8 * (i + 1) // count * 8])
-            self.writer.flush()
-            self.writer.heartbeat(DomainId(pod), HeartbeatRecord(epoch))
-
-    def fill(self, blocks: int) -> None:
-        """So many more blocks at the first pod."""
-        rng, pod = random.Random(0), "pod-00"
-        for _ in range(blocks // 10_000):
-            self.writer.add(DomainId(pod), self._epochs[pod], GPU, rng.randbytes(80_000))
-            self.writer.flush()
-
-    def keys(self, asked: bytes) -> bytes:
-        (prepared,) = self._encoder.prepare(json.loads(asked))
-        return self._encoder.finish(prepared, self._encoder.tokenize(prepared.missing)).block_keys
-
-
-def body(tokens: int, rng: random.Random) -> bytes:
-    """A chat of about so many tokens."""
-    words, turns = rng.choices(WORDS, k=tokens // 3), []
-    for start in range(0, len(words), 300):
-        role = "user" if len(turns) % 2 == 0 else "assistant"
-        turns.append({"role": role, "content": " ".join(words[start : start + 300])})
-    return json.dumps({"model": MODEL, "messages": turns[: len(turns) - (len(turns) + 1) % 2]}).encode()
-
-
-# -- the ways to ask --------------------------------------------------------------------------------------------------
-
-
-async def measure(fleet: Fleet, pods: int, repeats: int, seconds: float, *, graph: bool) -> list[dict[str, Any]]:
+async def measure(
+    fleet: Fleet, pods: int, repeats: int, seconds: float, folder: Path, *, graph: bool
+) -> list[dict[str, Any]]:
     rows = []
     async with contextlib.AsyncExitStack() as stack:
-        ways: dict[str, list[Ask]] = {"library": [await stack.enter_async_context(library(fleet))]}
         http_port, grpc_port = free_ports(2)
         stack.enter_context(service(fleet.url, http_port, grpc_port))
         await until_ready(http_port, pods)
-        ways["HTTP"] = [await stack.enter_async_context(http(http_port, "/v1/score")) for _ in range(AT_ONCE)]
-        ways["gRPC"] = [await stack.enter_async_context(grpc_way(grpc_port)) for _ in range(AT_ONCE)]
+        ids = fleet.token_ids()
+        ids_asked = {name: json.dumps({"model": MODEL, "prompt": prompt}).encode() for name, prompt in ids.items()}
+
+        score = partial(http, http_port, "/v1/score")
+        ways = {
+            "library": Way(partial(library, fleet), fleet.bodies, is_rated=False),
+            "HTTP": Way(score, fleet.bodies),
+            "gRPC": Way(partial(grpc_way, grpc_port), fleet.bodies),
+            "HTTP, token ids": Way(score, ids_asked, is_cold_asked=False),
+        }
+        if dynamo.installed():
+            async with score() as ask:
+                ours = {name: matched_tokens(await ask(question)) for name, question in ids_asked.items()}
+            port = stack.enter_context(dynamo.dynamo_indexer(fleet, folder, ours))
+            theirs = {name: json.dumps(dynamo.asked(prompt)).encode() for name, prompt in ids.items()}
+            ways["Dynamo's indexer, token ids"] = Way(partial(http, port, "/query"), theirs, is_cold_asked=False)
         if graph:
             port = stack.enter_context(ray_graph(fleet.url))
             await until_ready(port, pods, "/kvcache/v1/score", fleet.bodies["1k"])
-            ways["graph"] = [await stack.enter_async_context(http(port, "/kvcache/v1/score")) for _ in range(AT_ONCE)]
-        for way, asks in ways.items():
-            for name, asked in fleet.bodies.items():
-                rows.append(
-                    {"way": way, "pods": pods, "what": f"warm {name}", **await timed(asks[0], [asked] * repeats)}
-                )
-            rng = random.Random(way)
-            cold = [body(9_000, rng) for _ in range(max(5, repeats // 20))]
-            rows.append({"way": way, "pods": pods, "what": "cold 9k", **await timed(asks[0], cold, warm_up=False)})
-            if way != "library":
-                rate = await questions_per_s(asks, fleet.bodies["9k"], seconds)
-                rows.append({"way": way, "pods": pods, "what": f"warm 9k, {AT_ONCE} at once", "per_s": round(rate)})
+            ways["graph"] = Way(partial(http, port, "/kvcache/v1/score"), fleet.bodies)
+        for name, way in ways.items():
+            async for row in measure_way(name, way, repeats, seconds):
+                rows.append({"way": name, "pods": pods, **row})
         batch = await stack.enter_async_context(http(http_port, "/v1/score/batch"))
         question = b'{"requests":[' + b",".join([fleet.bodies["1k"]] * BATCH) + b"]}"
         taken = await timed(batch, [question] * max(5, repeats // 10))
@@ -170,104 +129,24 @@ async def measure(fleet: Fleet, pods: int, repeats: int, seconds: float, *, grap
     return rows
 
 
-@contextlib.asynccontextmanager
-async def library(fleet: Fleet) -> AsyncIterator[Ask]:
-    mirror = Mirror(fleet.url, MODEL)
-    mirror.start()
-    indexer = Indexer(PromptService(PrefixStore(1 << 29)), LocalIndex(mirror))
-    while mirror.spec() is None or not mirror.wait_ready(1):  # noqa: ASYNC110  # it is a thread that sets it
-        await asyncio.sleep(0.05)
-
-    async def ask(asked: bytes) -> None:
-        assert max((await indexer.score(json.loads(asked))).scores.values()) >= 0
-
-    yield ask
-    mirror.close()
+def matched_tokens(answer: bytes) -> dict[str, int]:
+    """By pod."""
+    return {pod: one["matched_tokens"].get("gpu", 0) for pod, one in json.loads(answer)["pods"].items()}
 
 
-@contextlib.contextmanager
-def service(url: str, http_port: int, grpc_port: int) -> Iterator[psutil.Process]:
-    command = [sys.executable, "-m", "serve_app.cli", "serve-scores", "--model", MODEL, "--redis", url]
-    at = ["--http", f"127.0.0.1:{http_port}", "--grpc", f"127.0.0.1:{grpc_port}"]
-    environ = {**os.environ, "PYTHONPATH": str(ROOT)}
-    process = subprocess.Popen([*command, *at], env=environ, stderr=subprocess.DEVNULL)
-    try:
-        yield psutil.Process(process.pid)
-    finally:
-        process.terminate()
-        process.wait(20)
-
-
-@contextlib.contextmanager
-def ray_graph(url: str) -> Iterator[int]:
-    port = free_ports(1)[0]
-    application = {
-        "name": "kvcache",
-        "route_prefix": "/kvcache",
-        "import_path": "serve_app.app:build_kvcache",
-        "args": {"model": MODEL, "redis_url": url, "limits": {"scores_per_s": 100_000}},
-    }
-    config = {"http_options": {"host": "127.0.0.1", "port": port}, "applications": [application]}
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / "graph.yaml"
-        path.write_text(json.dumps(config))  # JSON is YAML
-        command = [str(Path(sys.executable).with_name("serve")), "run", "--address", "local", str(path)]
-        environ = {**os.environ, "PYTHONPATH": str(ROOT), "RAY_USAGE_STATS_ENABLED": "0"}
-        process = subprocess.Popen(command, env=environ, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-        try:
-            yield port
-        finally:
-            process.send_signal(signal.SIGINT)
-            process.wait(60)
-
-
-@contextlib.asynccontextmanager
-async def http(port: int, path: str) -> AsyncIterator[Ask]:
-    reader, writer = await asyncio.open_connection("127.0.0.1", port)
-    head = f"POST {path} HTTP/1.1\r\nHost: bench\r\nContent-Type: application/json\r\nContent-Length: ".encode()
-
-    async def ask(asked: bytes) -> bytes:
-        writer.write(head + str(len(asked)).encode() + b"\r\n\r\n" + asked)
-        answer = await reader.readuntil(b"\r\n\r\n")
-        if b"content-length:" not in answer.lower():
-            raise RuntimeError("the application is not there yet")
-        length = int(answer.lower().split(b"content-length:")[1].split(b"\r\n")[0])
-        content = await reader.readexactly(length)
-        if b" 200 " not in answer.split(b"\r\n")[0]:
-            raise RuntimeError(content[:500].decode())
-        return content
-
-    yield ask
-    writer.close()
-
-
-@contextlib.asynccontextmanager
-async def grpc_way(port: int) -> AsyncIterator[Ask]:
-    async with grpc.aio.insecure_channel(f"127.0.0.1:{port}") as channel:
-        stub = kvcache_pb2_grpc.KVCacheStub(channel)
-
-        async def ask(asked: bytes) -> None:
-            await stub.Score(kvcache_pb2.ScoreRequest(prompt=kvcache_pb2.Prompt(request_json=asked)))
-
-        yield ask
-
-
-async def until_ready(port: int, pods: int, path: str = "/v1/score", asked: bytes | None = None) -> None:
-    """It answers for so many pods."""
-    asked = asked or json.dumps({"model": MODEL, "prompt": "x"}).encode()
-    deadline_s = time.monotonic() + 120
-    while True:
-        try:
-            async with http(port, path) as ask:
-                if len(json.loads(await ask(asked))["pods"]) == pods:
-                    return
-        except (OSError, RuntimeError, asyncio.IncompleteReadError):
-            if time.monotonic() > deadline_s:
-                raise
-        await asyncio.sleep(0.2)
-
-
-# -- what is measured -------------------------------------------------------------------------------------------------
+async def measure_way(name: str, way: Way, repeats: int, seconds: float) -> AsyncIterator[dict[str, Any]]:
+    async with way.opened() as ask:
+        for prompt, asked in way.questions.items():
+            yield {"what": f"warm {prompt}", **await timed(ask, [asked] * repeats)}
+        if way.is_cold_asked:
+            rng = random.Random(name)
+            cold = [body(9_000, rng) for _ in range(max(5, repeats // 20))]
+            yield {"what": "cold 9k", **await timed(ask, cold, warm_up=False)}
+    if way.is_rated:
+        async with contextlib.AsyncExitStack() as stack:
+            asks = [await stack.enter_async_context(way.opened()) for _ in range(AT_ONCE)]
+            rate = await questions_per_s(asks, way.questions["9k"], seconds)
+        yield {"what": f"warm 9k, {AT_ONCE} at once", "per_s": round(rate)}
 
 
 async def timed(ask: Ask, questions: Sequence[bytes], *, warm_up: bool = True) -> dict[str, float]:
@@ -301,14 +180,19 @@ async def questions_per_s(asks: Sequence[Ask], asked: bytes, seconds: float) -> 
 
 
 async def measure_memory(fleet: Fleet) -> dict[str, float]:
-    """The service's RSS: as it starts, and with 1M blocks more."""
+    """The service's RSS: as it starts, with 1M blocks more, and then with a full prefix store."""
     http_port, grpc_port = free_ports(2)
     with service(fleet.url, http_port, grpc_port) as process:
-        await until_ready(http_port, 64)
-        found = {"64 pods": rss_mb(process)}
+        await until_ready(http_port, len(fleet.held))
+        found = {f"{len(fleet.held)} pods": rss_mb(process)}
         fleet.fill(MILLION)
         await asyncio.sleep(3)
         found["1M blocks more"] = rss_mb(process)
+        async with http(http_port, "/v1/score") as ask:
+            rng = random.Random(0)
+            for _ in range(DEFAULT_PREFIX_STORE_BYTES // fleet.stored_bytes(body(60_000, rng)) + 1):
+                await ask(body(60_000, rng))
+        found["prefix store full"] = rss_mb(process)
     return found
 
 
