@@ -45,8 +45,8 @@ down: setup ## stop what `make up` started
 	@$(BIN)/kvcache down $(ARGS)
 
 .PHONY: test
-test: setup ## all tests; real Valkey, real Ray, real vLLM
-	@$(BIN)/python -m pytest $(ARGS)
+test: setup ## all tests; real Valkey, real Ray, real vLLM (half an hour; two at a time: see tests/conftest.py)
+	@$(BIN)/python -m pytest -n 2 --dist loadgroup --no-loadscope-reorder $(ARGS)
 
 .PHONY: test-parity
 test-parity: setup ## prompts against real vLLM, every tokenizer family and all generated cases

