@@ -40,7 +40,7 @@ sys.path.insert(0, str(ROOT))  # the script runs from anywhere
 from benchmarks.overhead.environment import environment  # noqa: E402
 from benchmarks.score import dynamo  # noqa: E402
 from benchmarks.score.fleet import MODEL, Fleet, body  # noqa: E402
-from benchmarks.score.ways import Ask, grpc_way, http, library, ray_graph, service, until_ready  # noqa: E402
+from benchmarks.score.ways import Ask, grpc_health, grpc_way, http, library, ray_graph, service, until_ready  # noqa: E402
 from serve_app.config import DEFAULT_PREFIX_STORE_BYTES  # noqa: E402
 from serve_app.index.valkey import ValkeyProcess  # noqa: E402
 from serve_app.ports import free_ports  # noqa: E402
@@ -67,7 +67,7 @@ def main(
     graph: Annotated[bool, typer.Option(help="Ray's graph too; it takes half a minute to start.")] = True,
     output: Annotated[Path, typer.Option(help="Where to write the result.")] = OUTPUT,
 ) -> None:
-    """Measure scores. Takes six minutes."""
+    """Measure scores. Takes seven minutes."""
     if quick:
         repeats, seconds, graph = 40, 1.0, False
     rows: list[dict[str, Any]] = []
@@ -122,6 +122,8 @@ async def measure(
         for name, way in ways.items():
             async for row in measure_way(name, way, repeats, seconds):
                 rows.append({"way": name, "pods": pods, **row})
+        check = await stack.enter_async_context(grpc_health(grpc_port))
+        rows.append({"way": "gRPC", "pods": pods, "what": "health check", **await timed(check, [b""] * repeats)})
         batch = await stack.enter_async_context(http(http_port, "/v1/score/batch"))
         question = b'{"requests":[' + b",".join([fleet.bodies["1k"]] * BATCH) + b"]}"
         taken = await timed(batch, [question] * max(5, repeats // 10))
@@ -190,8 +192,9 @@ async def measure_memory(fleet: Fleet) -> dict[str, float]:
         found["1M blocks more"] = rss_mb(process)
         async with http(http_port, "/v1/score") as ask:
             rng = random.Random(0)
-            for _ in range(DEFAULT_PREFIX_STORE_BYTES // fleet.stored_bytes(body(60_000, rng)) + 1):
-                await ask(body(60_000, rng))
+            for _ in range(DEFAULT_PREFIX_STORE_BYTES // fleet.stored_bytes(body(9_000, rng)) + 1):
+                answer = json.loads(await ask(body(9_000, rng)))
+                assert answer["complete"]  # else it was not stored
         found["prefix store full"] = rss_mb(process)
     return found
 

@@ -17,6 +17,7 @@ from typing import Any, Final
 
 import grpc
 import psutil
+from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from benchmarks.score.fleet import MODEL, Fleet
 from serve_app.index.mirror import Mirror
@@ -110,6 +111,18 @@ async def grpc_way(port: int) -> AsyncIterator[Ask]:
 
         async def ask(asked: bytes) -> None:
             await stub.Score(kvcache_pb2.ScoreRequest(prompt=kvcache_pb2.Prompt(request_json=asked)))
+
+        yield ask
+
+
+@contextlib.asynccontextmanager
+async def grpc_health(port: int) -> AsyncIterator[Ask]:
+    """What gRPC itself takes: the health service answers the same to every question."""
+    async with grpc.aio.insecure_channel(f"127.0.0.1:{port}") as channel:
+        stub = health_pb2_grpc.HealthStub(channel)
+
+        async def ask(_: bytes) -> None:
+            await stub.Check(health_pb2.HealthCheckRequest())
 
         yield ask
 
