@@ -16,6 +16,7 @@ import typer
 from rich.markup import escape
 
 from serve_app.commands import configs, stack, watch
+from serve_app.commands.doctor import doctor
 from serve_app.commands.configs import QUICKSTART, find, load_config
 from serve_app.commands.console import console, say
 from serve_app.commands.stack import PortOption
@@ -39,6 +40,7 @@ def _command(example: str) -> Callable[[Command], Command]:
 _command("up quickstart")(stack.up)
 _command("down")(stack.down)
 _command("status --json")(stack.status)
+_command("doctor quickstart --json")(doctor)
 _command("score < request.json")(watch.score)
 _command("receipts --count 50")(watch.receipts)
 

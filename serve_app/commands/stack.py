@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
@@ -12,6 +12,9 @@ from serve_app.commands.configs import find, load_config
 from serve_app.commands.console import JsonOption, print_json, say
 from serve_app.errors import ConfigError
 from serve_app.extras import require_module
+
+if TYPE_CHECKING:
+    from serve_app.local_stack import Running
 
 PortOption = Annotated[int | None, typer.Option(min=1, max=65535, help="HTTP port, instead of the config's.")]
 DirectOption = Annotated[bool, typer.Option(help="Stream straight from the replicas, through HAProxy.")]
@@ -39,7 +42,9 @@ def up(
     settings = load_config(find(chosen), port)
     say(f"starting {chosen}")
     running = local_stack.start(settings, direct=direct, on_progress=say, name=chosen)
-    say(f"[green]serving at {running.url}/v1[/green]   score API: {running.url}{running.graph or ''}/v1/score")
+    apis = "  ".join(f"{running.url}{prefix}/v1" for prefix in running.openai)
+    score = f"   score API: {running.url}{running.graph}/v1/score" if running.graph is not None else ""
+    say(f"[green]serving[/green] {apis or running.url}{score}")
     say(f"log: {running.log}   stop: kvcache down")
 
 
@@ -47,11 +52,16 @@ def down() -> None:
     """Stop what `kvcache up` started."""
     from serve_app import local_stack
 
-    running = local_stack.current()
-    if running is None:
-        say("nothing is running")
+    running = local_stack.last()
+    left = local_stack.orphans(running)
+    if running is None and not left:
+        say("nothing is running; `kvcache up` starts a gateway")
         return
-    local_stack.stop(running, on_progress=say)
+    if running is not None:
+        if running.process() is None:
+            say(f"the server (pid {running.pid}) has ended by itself; its log: {running.log}")
+        local_stack.stop(running, on_progress=say)
+    local_stack.end(left, on_progress=say)
     say("stopped")
 
 
@@ -59,9 +69,9 @@ def status(as_json: JsonOption = False) -> None:
     """Show what is running and what the index knows of every replica. Exit status 1: nothing runs."""
     from serve_app import local_stack
 
-    running = local_stack.current()
-    if running is None:
-        say("nothing is running; `kvcache up` starts it")
+    running = local_stack.last()
+    if running is None or running.process() is None:
+        _say_what_is_left(running)
         raise typer.Exit(1)
     known = local_stack.describe(running)
     if as_json:
@@ -74,6 +84,18 @@ def status(as_json: JsonOption = False) -> None:
         return
     Console().print(_holders(known))
     _remarks(known)
+
+
+def _say_what_is_left(running: Running | None) -> None:
+    from serve_app import local_stack
+
+    if running is not None:
+        say(f"the server (pid {running.pid}) has ended by itself; its log: {running.log}")
+    left = local_stack.orphans(None)
+    if left:
+        say(f"{len(left)} of its processes are left: `kvcache down` ends them")
+    if running is None and not left:
+        say("nothing is running; `kvcache up` starts it")
 
 
 def _holders(known: dict[str, Any]) -> Table:
