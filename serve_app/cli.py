@@ -16,9 +16,9 @@ import typer
 from rich.markup import escape
 
 from serve_app.commands import configs, stack, watch
-from serve_app.commands.doctor import doctor
 from serve_app.commands.configs import QUICKSTART, find, load_config
 from serve_app.commands.console import console, say
+from serve_app.commands.doctor import doctor
 from serve_app.commands.stack import PortOption
 from serve_app.errors import ConfigError, KVCacheError
 from serve_app.extras import require_module

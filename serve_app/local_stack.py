@@ -200,7 +200,7 @@ def stop(running: Running, *, on_progress: Progress) -> None:
 def end(left: Sequence[Orphan], *, on_progress: Progress) -> None:
     """End what is left of stacks that nothing else is known of."""
     pids = {orphan.pid for orphan in left}
-    _end([process for process, _ in _marked() if process.pid in pids], on_progress)
+    _end([process for process, _ in _marked() if process.pid in pids], on_progress, patience_s=0)
 
 
 def describe(running: Running) -> dict[str, Any] | None:
@@ -354,11 +354,12 @@ def _marked() -> Iterator[tuple[psutil.Process, str]]:
                 yield process, mark
 
 
-def _end(processes: Sequence[psutil.Process], on_progress: Progress) -> None:
+def _end(processes: Sequence[psutil.Process], on_progress: Progress, patience_s: float = 5) -> None:
+    """Args: patience_s: how long they may take to end by themselves."""
     left = [process for process in processes if _is_there(process)]
     if left:
         on_progress(f"ending {len(left)} processes that are left")
-    for process in _wait_gone(left, 5):
+    for process in _wait_gone(left, patience_s):
         _send(process, signal.SIGTERM)
     for process in _wait_gone(left, 5):
         _send(process, signal.SIGKILL)

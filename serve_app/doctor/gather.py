@@ -48,7 +48,7 @@ def redis_of(config: Mapping[str, Any] | None) -> str:
     """The first redis_url that a graph or an engine of ours names; the embedded Valkey's socket, if that is there."""
     if config is None:
         return ""
-    urls = [one.redis_url for one in (*graphs(config), *engines(config)) if one.redis_url]
+    urls = [graph.redis_url for graph in graphs(config)] + [one.redis_url for one in engines(config) if one.redis_url]
     named = next((url for url in urls if url != EMBEDDED), "")
     if named or EMBEDDED not in urls:
         return named

@@ -123,6 +123,8 @@ def _rights(client: redis.Redis, keys: Keyspace) -> tuple[list[str], bool]:
             read_only = True
         except redis.exceptions.NoPermissionError:
             refused.append(command)
+        except redis.ResponseError:  # full, or cannot save: what INFO tells
+            continue
     return refused, read_only
 
 
@@ -170,9 +172,9 @@ def _text(raw: bytes | str) -> str:
 
 
 def _heartbeat(client: redis.Redis, facts: DomainFacts) -> HeartbeatRecord | None:
-    (raw,) = client.mget([Keyspace(ModelId(facts.model)).lease(DomainId(facts.domain))])
+    found: Any = client.mget([Keyspace(ModelId(facts.model)).lease(DomainId(facts.domain))])
     try:
-        return decode_heartbeat(raw) if raw else None
+        return decode_heartbeat(found[0]) if found[0] else None
     except msgspec.DecodeError:
         return None
 

@@ -31,6 +31,7 @@ NEEDS = {
     "serve_app.deployments.vllm_replica": "engine",
     "serve_app.events.lmcache_module": "lmcache",
     "serve_app.protos": "service",
+    "serve_app.serve_run": "serve",
     "serve_app.service": "service",
 }
 SOURCE = Path(serve_app.__file__).parent
