@@ -16,6 +16,7 @@ import typer
 from rich.markup import escape
 
 from serve_app.commands import configs, stack, watch
+from serve_app.commands.bench import bench
 from serve_app.commands.configs import QUICKSTART, find, load_config
 from serve_app.commands.console import console, say
 from serve_app.commands.doctor import doctor
@@ -42,7 +43,10 @@ _command("down")(stack.down)
 _command("status --json")(stack.status)
 _command("doctor quickstart --json")(doctor)
 _command("score < request.json")(watch.score)
-_command("receipts --count 50")(watch.receipts)
+_command("receipts --follow")(watch.receipts)
+_command("explain -f request.json")(watch.explain)
+_command("top")(watch.top)
+_command("bench http://127.0.0.1:8000 http://127.0.0.1:9000")(bench)
 
 
 def _print_version(wanted: bool) -> None:

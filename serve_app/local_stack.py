@@ -190,7 +190,7 @@ def stop(running: Running, *, on_progress: Progress) -> None:
         on_progress(f"asking the server (pid {running.pid}) to stop")
         _send(process, signal.SIGINT)
         _wait_gone([process], STOP_TIMEOUT_S)
-    _end(family, on_progress)
+    _end(family, on_progress, 5 if process is not None else 0)
     if running.mark:  # what has started meanwhile
         _end([each for each, mark in _marked() if mark == running.mark], lambda _: None)
     _state_file().unlink(missing_ok=True)

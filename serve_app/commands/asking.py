@@ -51,7 +51,7 @@ def ask(method: str, url: str, **more: Any) -> tuple[int, Any]:
         answer = httpx.request(method, url, timeout=60, headers=own_key_header(), **more)
     except (httpx.HTTPError, httpx.InvalidURL) as error:
         raise ConfigError(f"{url} does not answer ({error}); {_ADVICE}") from error
-    if answer.status_code == httpx.codes.NOT_FOUND:
+    if answer.status_code == httpx.codes.NOT_FOUND and b'"error"' not in answer.content:  # the API's own has one
         raise ConfigError(f"there is no such endpoint at {url} (404); {_ADVICE}")
     try:
         return answer.status_code, answer.json()
