@@ -191,7 +191,7 @@ def top(
 
 
 def look(url: str) -> dict[str, Any]:
-    """Each pod with its last requests: how many of the last thousand, and the share of their prompts that was cached."""
+    """Each pod, and of its last requests how many there were and what share of their prompts was cached."""
     pods, last = get(endpoint(url, "pods")), get(endpoint(url, "receipts"), limit=_ALL)
     for pod in pods["pods"]:
         told = [one["actual"] for one in last if one["chosen"] == pod["pod"] and one.get("actual")]

@@ -13,7 +13,7 @@ import pytest
 
 from serve_app.bench import Load, compare
 from serve_app.errors import ConfigError
-from tests.unit.test_cli import Run, run  # noqa: F401  # a fixture
+from tests.unit.conftest import Run
 
 LOAD = Load(conversations=3, turns=3, tokens=100, seed=7)
 
@@ -101,7 +101,7 @@ def test_no_conversation_begins_like_another(plain: OpenAI) -> None:
     assert all(300 < len(text) <= 400 for text in beginnings)  # 100 tokens
 
 
-def test_the_table_says_what_is_not_told(run: Run) -> None:  # noqa: F811
+def test_the_table_says_what_is_not_told(run: Run) -> None:
     api = OpenAI(caches=True, tells=False)
     status, said = run("bench", api.url, "--conversations", "1", "--turns", "1", "--tokens", "16")
     api.stop()
@@ -110,7 +110,7 @@ def test_the_table_says_what_is_not_told(run: Run) -> None:  # noqa: F811
     assert "--enable-prompt-tokens-details" in said
 
 
-def test_requests_that_fail_are_counted_and_named(run: Run) -> None:  # noqa: F811
+def test_requests_that_fail_are_counted_and_named(run: Run) -> None:
     api = OpenAI(caches=True, fails=1)
     status, said = run("bench", api.url, "--conversations", "1", "--turns", "3", "--tokens", "16")
     api.stop()

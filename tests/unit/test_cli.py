@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import io
 import json
-import sys
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from importlib.metadata import version
 from pathlib import Path
@@ -17,9 +15,9 @@ import typer
 
 from serve_app import cli
 from serve_app.commands import configs
+from tests.unit.conftest import Run
 
 PUBLISH = ("publish", "--redis", "redis://127.0.0.1:1", "--pod", "p", "--model", "m")
-Run = Callable[..., tuple[object, str]]
 ENGINE = ("--engine", "tcp://127.0.0.1:5557")
 
 
@@ -51,21 +49,6 @@ def gateway() -> Iterator[str]:
     server.shutdown()
     thread.join()
     server.server_close()
-
-
-@pytest.fixture
-def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Run:
-    """The command, with its standard input -> its exit status, and what it said, as one line."""
-
-    def run(*arguments: str, stdin: bytes = b"{}") -> tuple[object, str]:
-        monkeypatch.setattr(sys, "argv", ["kvcache", *arguments])
-        monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(stdin)))
-        with pytest.raises(SystemExit) as ended:
-            cli.main()
-        said = capsys.readouterr()
-        return ended.value.code, " ".join((said.out + said.err).split())
-
-    return run
 
 
 @pytest.mark.parametrize(

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from serve_app.commands.watch import look, new_receipts
-from tests.unit.test_cli import Run, run  # noqa: F401  # a fixture
+from tests.unit.conftest import Run
 
 COST = {"queue": 0.02, "prefill": 0.1}
 
@@ -101,7 +101,7 @@ def graph() -> Iterator[Graph]:
 
 class TestExplain:
     @pytest.mark.parametrize("given", ["r1", "chatcmpl-r1", "cmpl-r1-0"])
-    def test_why_a_request_went_there(self, run: Run, graph: Graph, given: str) -> None:  # noqa: F811
+    def test_why_a_request_went_there(self, run: Run, graph: Graph, given: str) -> None:
         graph.receipts = [receipt("r0", 1.0), receipt("r1", 2.0), receipt("r10", 3.0)]
         status, said = run("explain", given, "--url", graph.url)
         assert status == 0
@@ -110,12 +110,12 @@ class TestExplain:
         assert said.index("gpu 80") < said.index("0.900")  # the cheapest is first
         assert json.loads(run("explain", given, "--url", graph.url, "--json")[1])["receipt"]["request_id"] == "r1"
 
-    def test_a_request_that_nobody_knows(self, run: Run, graph: Graph) -> None:  # noqa: F811
+    def test_a_request_that_nobody_knows(self, run: Run, graph: Graph) -> None:
         status, said = run("explain", "r1", "--url", graph.url)
         assert status == 1
         assert "there is no receipt of 'r1' among the last 1000" in said
 
-    def test_where_a_request_would_go(self, run: Run, graph: Graph, tmp_path: Path) -> None:  # noqa: F811
+    def test_where_a_request_would_go(self, run: Run, graph: Graph, tmp_path: Path) -> None:
         file = tmp_path / "body.json"
         file.write_text('{"model": "m", "prompt": "x"}')
         status, said = run("explain", "-f", str(file), "--url", graph.url)
@@ -124,7 +124,7 @@ class TestExplain:
         assert graph.asked == [{"model": "m", "prompt": "x", "strategy": "expected_ttft"}]
 
     @pytest.mark.parametrize("text", ["", "[1]", "no JSON"])
-    def test_a_file_that_is_no_request(self, run: Run, graph: Graph, tmp_path: Path, text: str) -> None:  # noqa: F811
+    def test_a_file_that_is_no_request(self, run: Run, graph: Graph, tmp_path: Path, text: str) -> None:
         file = tmp_path / "body.json"
         file.write_text(text)
         status, said = run("explain", "-f", str(file), "--url", graph.url)
@@ -132,7 +132,7 @@ class TestExplain:
         assert "is not an OpenAI request as JSON" in said
 
     @pytest.mark.parametrize("arguments", [(), ("r1", "-f", "x.json")])
-    def test_one_of_both_is_needed(self, run: Run, arguments: tuple[str, ...]) -> None:  # noqa: F811
+    def test_one_of_both_is_needed(self, run: Run, arguments: tuple[str, ...]) -> None:
         assert "give the id of a request, or -f FILE" in run("explain", *arguments)[1]
 
 
@@ -146,7 +146,7 @@ def test_new_receipts_come_once_each_and_an_outage_ends_nothing(graph: Graph) ->
     assert [(one["request_id"], one["at_s"]) for one in itertools.islice(following, 2)] == [("late", 1.5), ("r4", 9.0)]
 
 
-def test_top(run: Run, graph: Graph) -> None:  # noqa: F811
+def test_top(run: Run, graph: Graph) -> None:
     graph.receipts = [receipt("r0", 1.0), receipt("r1", 2.0, told=False), {**receipt("r2", 3.0), "chosen": "b"}]
     (pod,) = look(graph.url)["pods"]
     assert (pod["recent_requests"], pod["recent_cached_share"]) == (2, 0.8)
@@ -157,7 +157,7 @@ def test_top(run: Run, graph: Graph) -> None:  # noqa: F811
 
 
 @pytest.mark.parametrize("arguments", [("top",), ("explain", "r1"), ("receipts", "--follow"), ("bench",)])
-def test_without_a_server_it_says_how_to_start_one(run: Run, arguments: tuple[str, ...]) -> None:  # noqa: F811
+def test_without_a_server_it_says_how_to_start_one(run: Run, arguments: tuple[str, ...]) -> None:
     url = ("http://127.0.0.1:1",) if arguments == ("bench",) else ("--url", "http://127.0.0.1:1")
     status, said = run(*arguments, *url)
     assert status == 1
