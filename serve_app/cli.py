@@ -41,7 +41,7 @@ def _command(example: str) -> Callable[[Command], Command]:
 _command("up quickstart")(stack.up)
 _command("down")(stack.down)
 _command("status --json")(stack.status)
-_command("doctor quickstart --json")(doctor)
+_command("doctor --redis redis://127.0.0.1:6379 --engine http://127.0.0.1:8000")(doctor)
 _command("score < request.json")(watch.score)
 _command("receipts --follow")(watch.receipts)
 _command("explain -f request.json")(watch.explain)

@@ -153,15 +153,7 @@ def start(config: Mapping[str, Any], *, direct: bool, on_progress: Progress, nam
     status.unlink(missing_ok=True)
     mark = f"{_state_file()}:{uuid.uuid4().hex}"
     environment = {**(DIRECT_ENV if direct else {}), **os.environ, **_LOCAL_ENV, STACK_VARIABLE: mark}
-    with log.open("wb") as output:
-        process = subprocess.Popen(
-            [sys.executable, "-m", "serve_app.serve_run", str(path), str(status)],
-            stdin=subprocess.DEVNULL,
-            stdout=output,
-            stderr=subprocess.STDOUT,
-            env=environment,
-            start_new_session=True,
-        )
+    process = _serve_run(path, status, log, environment)
     running = Running(
         process.pid,
         psutil.Process(process.pid).create_time(),
@@ -294,6 +286,18 @@ def with_kv_blocks(config: Mapping[str, Any], blocks: int) -> dict[str, Any]:
 
 def _applications(config: Mapping[str, Any], builder: str) -> list[Mapping[str, Any]]:
     return [app for app in config.get("applications", []) if str(app.get("import_path", "")).endswith(builder)]
+
+
+def _serve_run(config: Path, status: Path, log: Path, environment: Mapping[str, str]) -> subprocess.Popen[bytes]:
+    with log.open("wb") as output:
+        return subprocess.Popen(
+            [sys.executable, "-m", "serve_app.serve_run", str(config), str(status)],
+            stdin=subprocess.DEVNULL,
+            stdout=output,
+            stderr=subprocess.STDOUT,
+            env=environment,
+            start_new_session=True,
+        )
 
 
 def _wait_until_serving(

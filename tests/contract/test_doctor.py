@@ -29,6 +29,7 @@ from serve_app.types import Attention, CacheLayout, Domain, DomainId, EngineSpec
 from tests.helpers import MODEL
 from tests.servers import Server, free_port
 from tests.unit.prompts.conftest import CHATML, write_model
+from tests.vllm_api import Api, captured, with_labels
 
 WELL = HeartbeatRecord(1, blocks=3, events_applied=5)
 LMCACHE = DomainId("node:n1:5555")
@@ -237,6 +238,48 @@ class TestPods:
             (Level.WARNING, "b uses node:n2:5555, which nobody publishes"),
         ]
         assert of("adapters", findings) == [(Level.WARNING, f"b of {MODEL} has no sql")]
+
+
+class TestVllm:
+    """A server's endpoints, played from what vLLM has answered."""
+
+    @pytest.fixture
+    @staticmethod
+    def api() -> Iterator[Api]:
+        api = Api(MODEL, block_size=4)
+        api.start()
+        yield api
+        api.stop()
+
+    def of_vllm(self, *engines: str, redis_url: str = "") -> list[tuple[Level, str]]:
+        findings = examine(gathering.gather(None, redis_url, "", engines, watch_s=0))
+        return [(each.level, each.saw) for each in findings if each.check == "vllm" and each.level is not Level.OK]
+
+    def test_well(self, api: Api, fleet: Fleet) -> None:
+        fleet.join("a")
+        assert self.of_vllm(api.url, redis_url=fleet.url) == []
+
+    def test_no_prefix_caching_and_other_blocks(self, api: Api, fleet: Fleet) -> None:
+        fleet.join("a", spec=fleet.spec(8))
+        api.metrics = with_labels(api.metrics, enable_prefix_caching=False)
+        assert self.of_vllm(api.url, redis_url=fleet.url) == [
+            (Level.ERROR, f"{api.url} has prefix caching turned off"),
+            (Level.ERROR, f"{api.url} has blocks of 4 tokens, its model is published with 8"),
+        ]
+
+    def test_no_events(self, api: Api) -> None:
+        told = json.loads(captured("server_info.json"))
+        assert told["vllm_config"]["kv_events_config"]["enable_kv_cache_events"]
+        told["vllm_config"]["kv_events_config"]["enable_kv_cache_events"] = False
+        api.answers["/server_info"] = lambda _: (200, json.dumps(told).encode())
+        assert self.of_vllm(api.url) == [(Level.ERROR, f"{api.url} publishes no KV events")]
+
+    def test_not_there_or_none(self, api: Api) -> None:
+        api.answers["/health"] = lambda _: (404, b"")
+        (away, other, wrong) = self.of_vllm("http://127.0.0.1:1", api.url, "localhost:8000")
+        assert away[1].startswith("http://127.0.0.1:1: ")
+        assert "/health answers 404" in other[1]
+        assert "is no URL" in wrong[1]
 
 
 class TestConfig:
