@@ -15,7 +15,7 @@ JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON, for progra
 
 def say(message: str) -> None:
     """Progress. Rich's markup is understood; what is not ours is escaped by the caller."""
-    console.print(f"[dim]kvcache[/dim] {message}")
+    console.print(f"[dim]kvcache[/dim] {message}", soft_wrap=True)  # a path in it can be copied
 
 
 def print_json(answer: Any) -> None:

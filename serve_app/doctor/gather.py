@@ -17,8 +17,8 @@ from packaging.requirements import Requirement
 
 from serve_app import local_stack
 from serve_app.config import EMBEDDED
-from serve_app.doctor.checks import DIRECT
 from serve_app.doctor.facts import EngineSeen, Facts, HostFacts, Package, Port, Process, PromptFacts
+from serve_app.doctor.machine import DIRECT
 from serve_app.errors import ConfigError, KVCacheError
 from serve_app.events.discovery import discover
 from serve_app.events.server import EngineServer

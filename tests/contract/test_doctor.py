@@ -18,8 +18,9 @@ import pytest
 
 from serve_app import cli, local_stack
 from serve_app.doctor import gather as gathering
-from serve_app.doctor.checks import CHECKS, DIRECT, OPEN_FILES, examine
+from serve_app.doctor.checks import CHECKS, examine
 from serve_app.doctor.facts import Facts, HostFacts, Level, Package
+from serve_app.doctor.machine import DIRECT, OPEN_FILES
 from serve_app.index.inspection import RedisFacts
 from serve_app.index.keyspace import HeartbeatRecord
 from serve_app.index.redis_writer import RedisWriter
