@@ -78,12 +78,14 @@ def inspect_redis(url: str, model: str = "", watch_s: float = 0.0) -> RedisFacts
         ConfigError: not a URL of a Redis.
     """
     keys = Keyspace(ModelId(model or "doctor"))
-    with connect(url, name="kvcache-doctor", slot_of=keys.log) as client:
-        try:
-            client.ping()
-            return _inspect(client, url, model, watch_s)
-        except (redis.RedisError, OSError) as error:
-            return RedisFacts(redact(url), error=str(store_error(error, keys)))
+    client = connect(url, name="kvcache-doctor", slot_of=keys.log)
+    try:
+        client.ping()
+        return _inspect(client, url, model, watch_s)
+    except (redis.RedisError, OSError) as error:
+        return RedisFacts(redact(url), error=str(store_error(error, keys)))
+    finally:
+        client.connection_pool.disconnect()
 
 
 def _inspect(client: redis.Redis, url: str, model: str, watch_s: float) -> RedisFacts:

@@ -12,6 +12,7 @@ from pathlib import Path
 import click
 import pytest
 import typer
+from typer.testing import CliRunner
 
 from serve_app import cli
 from serve_app.commands import configs
@@ -179,6 +180,11 @@ class TestConfigs:
         assert configs.find(str(mine)) == mine
         assert configs.load_config(mine, 8123)["http_options"] == {"port": 8123}
         assert configs.find("quickstart") == configs.QUICKSTART
+
+
+def test_a_shell_completes_commands() -> None:
+    asked = {"_KVCACHE_COMPLETE": "complete_bash", "COMP_WORDS": "kvcache con", "COMP_CWORD": "1"}
+    assert CliRunner().invoke(cli.app, prog_name="kvcache", env=asked).output.split() == ["config"]
 
 
 def test_version(run: Run) -> None:
