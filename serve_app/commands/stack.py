@@ -71,11 +71,13 @@ def status(as_json: JsonOption = False) -> None:
 
     running = local_stack.last()
     if running is None or running.process() is None:
+        if as_json:
+            print_json({"running": False, "left": [orphan.pid for orphan in local_stack.orphans(None)]})
         _say_what_is_left(running)
         raise typer.Exit(1)
     known = local_stack.describe(running)
     if as_json:
-        about = {"url": running.url, "config": running.config, "pid": running.pid, "log": running.log}
+        about = {"running": True, "url": running.url, "config": running.config, "pid": running.pid, "log": running.log}
         print_json({**about, "index": known})
         return
     say(f"{running.url} ({running.config}, pid {running.pid}), log {running.log}")

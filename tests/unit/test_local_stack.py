@@ -118,6 +118,10 @@ class TestAfterACrash:
         said = capsys.readouterr().err
         assert f"the server (pid {running.pid}) has ended by itself" in said
         assert "2 of its processes are left: `kvcache down` ends them" in said
+        with pytest.raises(commands.typer.Exit):
+            commands.status(as_json=True)
+        told = json.loads(capsys.readouterr().out)
+        assert (told["running"], sorted(told["left"])) == (False, sorted(process.pid for process in left))
 
     def test_down_ends_what_is_left(self, crashed: Crashed, capsys: pytest.CaptureFixture[str]) -> None:
         _, left = crashed
