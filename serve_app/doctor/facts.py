@@ -54,7 +54,7 @@ class HostFacts:
     python: tuple[int, int]
     packages: tuple[Package, ...] = ()
     open_files: int = 0  # soft limit
-    environment: Mapping[str, str] = field(default_factory=dict)  # of Ray Serve, and ours
+    environment: Mapping[str, str] = field(default_factory=dict)  # of Ray Serve
     haproxy: str = ""  # the real one's path
     haproxy_error: str = ""
     orphans: tuple[Process, ...] = ()

