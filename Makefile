@@ -142,7 +142,7 @@ soak: setup ## an hour of load: memory, file descriptors, Redis, truth (Ctrl-C e
 	@$(BIN)/python benchmarks/soak.py $(ARGS)
 
 .PHONY: lock
-lock: ## resolve pyproject.toml afresh and write constraints.txt and requirements.lock (with hashes)
+lock: ## resolve pyproject.toml afresh and write constraints.txt, constraints-gpu.txt and requirements.lock (with hashes)
 	@scripts/setup.sh --lock
 
 .PHONY: clean

@@ -1,6 +1,7 @@
 """pip's report of an installation -> requirements with the hash of every file: `pip install --require-hashes -r`.
 
 In: the JSON that `pip install --dry-run --report` writes. Out, on stdout: one requirement a line, of this platform.
+With --versions before it the hashes and the head are left out: lines of a constraints file.
 """
 
 from __future__ import annotations
@@ -17,15 +18,20 @@ HEAD = """\
 """
 
 
-def main(report: str) -> None:
+def main(report: str, with_hashes: bool) -> None:
     lines = []
     for item in json.loads(Path(report).read_text())["install"]:
         archive = item["download_info"].get("archive_info")
-        if archive is not None:  # otherwise it is the project's own folder
-            name, version = item["metadata"]["name"].lower().replace("_", "-"), item["metadata"]["version"]
-            lines.append(f"{name}=={version} --hash=sha256:{archive['hashes']['sha256']}")
-    print(HEAD + "\n".join(sorted(lines)))
+        if archive is None:  # the project's own folder
+            continue
+        name, version = item["metadata"]["name"].lower().replace("_", "-"), item["metadata"]["version"]
+        lines.append(
+            f"{name}=={version} --hash=sha256:{archive['hashes']['sha256']}"
+            if with_hashes
+            else f"{name}=={version.partition('+')[0]}"  # 2.13.0 is that of every build
+        )
+    print((HEAD if with_hashes else "") + "\n".join(sorted(lines)))
 
 
 if __name__ == "__main__":
-    main(sys.argv[1])
+    main(sys.argv[-1], with_hashes="--versions" not in sys.argv)

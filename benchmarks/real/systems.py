@@ -32,7 +32,7 @@ from benchmarks.processes import answers, free_pair, inherited, process, until
 from benchmarks.real.named_engine import FOLDER_VARIABLE, NAME_VARIABLE
 from benchmarks.real.workload import BLOCK_SIZE, Shape
 from serve_app import local_stack
-from serve_app.cli import load_config
+from serve_app.commands.configs import load_config
 from serve_app.config import REPLICA_HEADER
 from serve_app.events.lmcache_server import LMCacheProcess
 from serve_app.model import fast_dtype

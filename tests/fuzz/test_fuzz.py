@@ -22,7 +22,7 @@ from pydantic import ValidationError
 from vllm.distributed.kv_events import BlockRemoved, BlockStored, KVEventBatch
 
 from serve_app.access import Access, AccessDenied, read_keys
-from serve_app.cli import load_config
+from serve_app.commands.configs import load_config
 from serve_app.config import GraphArgs, LLMArgs, RouterSettings
 from serve_app.errors import ConfigError, PromptError, RecordNotUnderstood, WireError
 from serve_app.events.engine_blocks import Added, Cleared, EngineBlocks, Removed

@@ -14,7 +14,7 @@ import openai
 import pytest
 
 from serve_app import local_stack
-from serve_app.cli import load_config
+from serve_app.commands.configs import load_config
 from serve_app.config import REPLICA_HEADER
 from serve_app.haproxy import TIMEOUT_VARIABLE
 from serve_app.ports import free_port

