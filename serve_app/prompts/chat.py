@@ -29,6 +29,7 @@ logger = logging.getLogger(__name__)
 # Of apply_chat_template's own parameters, those that `ChatRenderer.resume` knows how to do without it.
 _PLAIN_PARAMETERS = frozenset({"add_generation_prompt", "continue_final_message", "return_dict"})
 
+
 class ChatRenderer:
     """Renders conversations of one model. Safe to call from several threads."""
 
@@ -104,7 +105,7 @@ class ChatRenderer:
             known: a mark of a rendering of the same request but for its last messages.
 
         Returns:
-            None: there is no proof for this template or request, or it cannot be rendered. `render` does, or says why not.
+            None: nothing is proven of this template or request, or it fails. `render` does it, or says why not.
         """
         if self._own_renderer is not None or prompt.chat_template is not None:
             return None
@@ -198,7 +199,7 @@ class _Messages:
         from transformers.utils.chat_template_utils import _alias_reasoning_fields
 
         conversation = to_conversation(messages, self._format, None, self._ordered)
-        return _alias_reasoning_fields([{k: v for k, v in m.items() if v is not None} for m in conversation])
+        return list(_alias_reasoning_fields([{k: v for k, v in m.items() if v is not None} for m in conversation]))
 
 
 def _set(kwargs: Mapping[str, Any]) -> dict[str, Any]:

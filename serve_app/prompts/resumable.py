@@ -2,20 +2,20 @@
 
 In: Jinja source, a conversation, and what was noted when its start was rendered. Out: the text from there on.
 
-A template is a program. What it has written when it begins with message `k` depends on what it has read until then, and
-on nothing else. So the program is run on objects that note what is read of them (watched.py):
+A template is a program. What it has written when it comes to message `k` depends on what it has read until then, and on
+nothing else. So the program is run on objects that note what is read of them (watched.py):
 
     PRE     what stands before the loop over the messages: run for every request, on the whole conversation
-    LOOP    begins at message k if the state that PRE leaves is the one noted: its text, and the variables that LOOP reads
+    LOOP    begins at message k if PRE leaves the state that was noted: its text, and the variables that LOOP reads
     POST    what stands behind it: run for every request
 
-Text of earlier turns is used again if all that their iterations have read is as it was: those messages (whoever asks has
-compared them), PRE's state, and of numbers in namespaces the outcome of every comparison. A turn that has looked at the
+Text of earlier turns is used again if all that their iterations have read is as it was: those messages (the caller has
+compared them), the state, and for numbers in namespaces the outcome of every comparison. A turn that has looked at the
 conversation's end or length, as `loop.last` does in the last one, is rendered again. Nothing is assumed of a template:
 what cannot be watched raises, and the template is rendered whole, as transformers does it.
 
-    Qwen 3      "loop.index0 > ns.last_query_index" was false for message 7 of a conversation whose last question was
-                message 8. It is false for any later last question: turn 7 stays. It was true for 9, which is done again.
+    Qwen 3      "loop.index0 > ns.last_query_index" was false for message 7, when the last question was message 8. It
+                is false for any later question: turn 7 stays. It was true for message 9, which is rendered again.
 """
 
 from __future__ import annotations
@@ -28,7 +28,8 @@ import jinja2
 import msgspec
 import xxhash
 from jinja2 import nodes
-from jinja2.runtime import LoopContext, Macro, Undefined, missing
+from jinja2.runtime import LoopContext, Macro, Undefined
+from jinja2.utils import missing
 
 from serve_app.prompts.watched import Bounds, Messages, Turns, Unwatched, Watch, Written, attributes
 
@@ -78,7 +79,7 @@ class ResumableTemplate:
             raise Unwatched("it has no loop over the messages that can be watched")
         for site, (loop, before) in enumerate(loops):
             _hook(loop, site, _state_names(tree, loop, before))
-        code = environment.compile(tree)  # type: ignore[arg-type]  # a tree is documented
+        code = environment.compile(tree)
         template = environment.template_class.from_code(environment, code, dict(environment.globals))
         template.root_render_func.__globals__["LoopContext"] = _Loop
         self._template = template
@@ -144,7 +145,7 @@ class _Run:
         return turns
 
     def _digest(self, site: int, first: int, names: Mapping[str, Any]) -> bytes:
-        """Of the text so far and of all that the loop may read, but for the numbers in namespaces: those are watched."""
+        """Of the text so far and of all that the loop may read, but for numbers in namespaces: those are watched."""
         spaces = self.watch.namespaces
         state = (
             site,
@@ -195,13 +196,13 @@ class _Loop(LoopContext):
         return super().changed(*value)
 
 
-def _watched_namespace(base: type) -> type:
+def _watched_namespace(base: Any) -> Any:
     """`namespace` for templates, on the one that transformers gives them."""
 
-    class WatchedNamespace(base):  # type: ignore[misc]
+    class WatchedNamespace(base):  # type: ignore[misc]  # it is made when transformers makes the environment
         def __init__(*args: Any, **kwargs: Any) -> None:
             self, watch, *rest = args
-            base.__init__(self, *rest, **kwargs)
+            super(WatchedNamespace, self).__init__(*rest, **kwargs)
             object.__setattr__(self, "_number", watch.entered(self))
             object.__setattr__(self, "_watch", watch)
 
@@ -290,4 +291,3 @@ def _names(node: nodes.Node) -> Iterator[nodes.Name]:
     if isinstance(node, nodes.Name):
         yield node
     yield from node.find_all(nodes.Name)
-

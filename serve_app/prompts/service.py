@@ -193,12 +193,12 @@ class PromptService:
 def is_light(body: Mapping[str, Any]) -> bool:
     """Whether to prepare it takes no more than some milliseconds. Looks at no more than `LIGHT_ITEMS` values."""
     items, chars = 0, 0
-    left: list[Any] = [body]
+    left: list[Any] = [*body.values()]
     while left:
         value = left.pop()
         if isinstance(value, str):
             chars += len(value)
-        elif isinstance(value, Mapping):
+        elif isinstance(value, dict):  # JSON has no other mapping; the check of `Mapping` takes ten times as long
             items += len(value)
             if items <= LIGHT_ITEMS:
                 left.extend(value.values())

@@ -1,8 +1,8 @@
 """What a chat template is given to read instead of plain lists and numbers: objects that note what is read.
 
     Messages    the conversation, or its rest from some message on: how far the template has looked
-    Number      an integer in a namespace, while the loop over the messages runs: between which bounds it could be another
-                without any difference
+    Number      an integer in a namespace, while the loop over the messages runs: between which bounds it could be
+                another without any difference
     Turns       what that loop goes over: from some message on, with a mark before each
 
 Nothing here guesses. What a list can do and `Messages` cannot raises, so that nothing comes out different unseen.
@@ -25,7 +25,7 @@ Written = Mapping[tuple[int, str], Any]
 _NOTHING: Mapping[Any, Any] = MappingProxyType({})
 
 
-class Unwatched(Exception):  # noqa: N818  it says what a template is, no fault
+class Unwatched(Exception):
     """The template does something that cannot be watched: render it whole."""
 
 
@@ -145,8 +145,15 @@ def _as_it_is(name: str) -> Callable[..., Any]:
 
 
 for _name in (
-    *(f"__{r}{name}__" for name in ("add", "sub", "mul", "truediv", "floordiv", "mod", "divmod", "pow") for r in ("", "r")),
-    *(f"__{name}__" for name in ("neg", "pos", "abs", "bool", "int", "index", "float", "str", "repr", "format", "round")),
+    *(
+        f"__{r}{name}__"
+        for name in ("add", "sub", "mul", "truediv", "floordiv", "mod", "divmod", "pow")
+        for r in ("", "r")
+    ),
+    *(
+        f"__{name}__"
+        for name in ("neg", "pos", "abs", "bool", "int", "index", "float", "str", "repr", "format", "round")
+    ),
 ):
     setattr(Number, _name, _as_it_is(_name))
 
