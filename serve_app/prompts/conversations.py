@@ -65,7 +65,6 @@ class Conversations:
         self._lock = Lock()
         self._known: LRUCache[bytes, Known] = LRUCache(max_bytes, Known.size_bytes)
 
-    @property
     def size_bytes(self) -> int:
         return int(self._known.currsize)
 

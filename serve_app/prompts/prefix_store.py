@@ -206,7 +206,7 @@ class PrefixStore:
 
     def stats(self) -> StoreStats:
         with self._lock:
-            held = self._bytes + self._named_bytes + self.conversations.size_bytes
+            held = self._bytes + self._named_bytes + self.conversations.size_bytes()
             return StoreStats(len(self._entries), held, self._hits, self._misses, self._evictions)
 
     def _store(self, digests: Sequence[bytes], first: int, made: Sequence[_Entry]) -> None:

@@ -193,20 +193,22 @@ class PromptService:
 def is_light(body: Mapping[str, Any]) -> bool:
     """Whether to prepare it takes no more than some milliseconds. Looks at no more than `LIGHT_ITEMS` values."""
     items, chars = 0, 0
-    left: list[Any] = [*body.values()]
+    left: list[Any] = [body]
     while left:
         value = left.pop()
-        if isinstance(value, str):
-            chars += len(value)
-        elif isinstance(value, dict):  # JSON has no other mapping; the check of `Mapping` takes ten times as long
-            items += len(value)
-            if items <= LIGHT_ITEMS:
-                left.extend(value.values())
-        elif isinstance(value, list):
-            items += len(value)
-            if items <= LIGHT_ITEMS and not (value and type(value[0]) is int):  # token ids have nothing in them
-                left.extend(value)
-        if items > LIGHT_ITEMS or chars > LIGHT_CHARS:
+        items += len(value)
+        if items > LIGHT_ITEMS:
+            return False
+        if isinstance(value, list) and value and type(value[0]) is int:  # token ids have nothing in them
+            continue
+        for inner in value if isinstance(value, list) else value.values():
+            if isinstance(inner, str):
+                chars += len(inner)
+            elif isinstance(
+                inner, dict | list
+            ):  # JSON has no other mapping; to ask for `Mapping` takes ten times as long
+                left.append(inner)
+        if chars > LIGHT_CHARS:
             return False
     return True
 
