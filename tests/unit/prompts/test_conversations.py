@@ -20,83 +20,89 @@ from serve_app.prompts.tokenizer import Tokenizer
 from serve_app.types import EngineSpec, ModelId
 from tests.integration.tiny_models import TEMPLATES
 
-LOOP = "{% for m in messages %}<|im_start|>{{ m.role }} {{ m.content }}%s<|im_end|>\n{% endfor %}"
-WITH_NAMESPACE = "{% set ns = namespace(%s) %}" + LOOP
+
+def loop(inner: str = "", over: str = "messages") -> str:
+    start = f"{{% for m in {over} %}}<|im_start|>{{{{ m.role }}}} {{{{ m.content }}}}"
+    return f"{start}{inner}<|im_end|>\n{{% endfor %}}"
+
+
+def counted(attribute: str, inner: str) -> str:
+    return f"{{% set ns = namespace({attribute}) %}}{loop(inner)}"
+
+
 # How templates of today's models tell old turns from the last one, each reduced to that.
 STRIPS = {
     "number of the last question, asked with >": (
         "{% set ns = namespace(last=-1) %}{% for m in messages %}{% if m.role == 'user' %}"
         "{% set ns.last = loop.index0 %}{% endif %}{% endfor %}"
-        + LOOP
-        % "{% if loop.index0 > ns.last %}{{ m.reasoning_content }}{% endif %}"
+        + loop("{% if loop.index0 > ns.last %}{{ m.reasoning_content }}{% endif %}")
     ),
     "asked with >=": (
         "{% set ns = namespace(last=0, first=true) %}{% for m in messages[::-1] %}"
         "{% if ns.first and m.role == 'user' %}{% set ns.last = messages|length - loop.index0 - 1 %}"
         "{% set ns.first = false %}{% endif %}{% endfor %}"
-        + LOOP
-        % "{% if ns.last <= loop.index0 %}{{ m.reasoning_content }}{% else %}old{% endif %}"
+        + loop("{% if ns.last <= loop.index0 %}{{ m.reasoning_content }}{% else %}old{% endif %}")
     ),
     "asked from both sides": (
         "{% set ns = namespace(last=messages|length // 2) %}"
-        + LOOP % "{% if 1 < ns.last < loop.index %}a{% elif not ns.last > loop.index0 %}b{% endif %}"
+        + loop("{% if 1 < ns.last < loop.index %}a{% elif not ns.last > loop.index0 %}b{% endif %}")
     ),
     "a state that goes from turn to turn": (
         "{% set ns = namespace(tool=false, calls=0, text='') %}"
-        + LOOP
-        % "{{ ns.calls }}{% if m.role == 'tool' %}{% set ns.tool = true %}{% set ns.calls = ns.calls + 1 %}"
-        "{% elif ns.tool %}!{% set ns.tool = false %}{% endif %}{% set ns.text = ns.text ~ m.role[0] %}"
-        "{% if loop.last %}{{ ns.text }}{% endif %}"
+        + loop(
+            "{{ ns.calls }}{% if m.role == 'tool' %}{% set ns.tool = true %}{% set ns.calls = ns.calls + 1 %}"
+            "{% elif ns.tool %}!{% set ns.tool = false %}{% endif %}{% set ns.text = ns.text ~ m.role[0] %}"
+            "{% if loop.last %}{{ ns.text }}{% endif %}"
+        )
     ),
-    "the end, in the last turn": LOOP % "{% if loop.last %}END{% endif %}{{ loop.index }}{{ loop.cycle('x', 'y') }}",
-    "neighbours": LOOP % "{{ loop.previtem.role }}{{ loop.nextitem.role }}{{ messages[loop.index0 - 1].role }}",
-    "the next by its number": LOOP
-    % "{% if messages[loop.index0 + 1] is defined %}{{ messages[loop.index].role }}{% endif %}",
+    "the end, in the last turn": loop("{% if loop.last %}END{% endif %}{{ loop.index }}{{ loop.cycle('x', 'y') }}"),
+    "neighbours": loop("{{ loop.previtem.role }}{{ loop.nextitem.role }}{{ messages[loop.index0 - 1].role }}"),
+    "the next by its number": loop(
+        "{% if messages[loop.index0 + 1] is defined %}{{ messages[loop.index].role }}{% endif %}"
+    ),
     "without the system message": (
         "{% set rest = messages[1:] if messages[0].role == 'system' else messages %}{% if rest is iterable %}"
-        + LOOP.replace("in messages", "in rest") % "{{ loop.first }}"
+        + loop("{{ loop.first }}", "rest")
         + "{% endif %}{% set rest = none %}{{ messages[-1].role }}{{ messages|length }}"
     ),
     "a macro that reads what is set": (
         "{% set sep = tools|length if tools else 0 %}{% macro show(m) %}{{ sep }}{{ m.content }}{% endmacro %}"
-        "{% set system = messages[0].content %}" + LOOP % "{{ show(m) }}{{ system }}"
+        "{% set system = messages[0].content %}" + loop("{{ show(m) }}{{ system }}")
     ),
-    "dates before the loop": "{{ strftime_now('%Y') }}" + LOOP % "",
+    "dates before the loop": "{{ strftime_now('%Y') }}" + loop(),
     "checks, then text": (
-        "{% for m in messages %}{% if m.role == 'critic' %}{{ raise_exception('no') }}{% endif %}{% endfor %}"
-        + LOOP % ""
+        "{% for m in messages %}{% if m.role == 'critic' %}{{ raise_exception('no') }}{% endif %}{% endfor %}" + loop()
     ),
 }
 # What has to be rendered whole, or is: each would be wrong if any of it were taken for granted.
 AWKWARD = {
-    "length in every turn": LOOP % "{{ messages|length }}",
-    "loop's length": LOOP % "{{ loop.length }}{{ loop.revindex }}",
-    "the last message in every turn": LOOP % "{{ messages[-1].content }}",
-    "a number set before": "{% set n = messages|length %}" + LOOP % "{{ n - loop.index }}",
-    "a number told": WITH_NAMESPACE % ("n=messages|length", "{{ ns.n }}"),
-    "a number in arithmetic": WITH_NAMESPACE % ("n=messages|length", "{{ 'z' * (ns.n - loop.index0) }}"),
-    "a number as a place": WITH_NAMESPACE % ("n=messages|length - 1", "{{ messages[ns.n].role }}"),
-    "a number for equal": WITH_NAMESPACE % ("n=messages|length - 1", "{% if ns.n == loop.index0 %}L{% endif %}"),
-    "a number's kind": WITH_NAMESPACE
-    % ("n=messages|length", "{{ ns.n is integer }}{{ ns.n is number }}{{ ns.n|string }}"),
-    "a number or none": WITH_NAMESPACE % ("n=none if messages|length % 2 else 3", "{{ ns.n is none }}"),
-    "a list kept": WITH_NAMESPACE % ("all=[]", "{% set ns.all = ns.all + [m.role] %}{{ ns.all|length }}"),
+    "length in every turn": loop("{{ messages|length }}"),
+    "loop's length": loop("{{ loop.length }}{{ loop.revindex }}"),
+    "the last message in every turn": loop("{{ messages[-1].content }}"),
+    "a number set before": "{% set n = messages|length %}" + loop("{{ n - loop.index }}"),
+    "a number told": counted("n=messages|length", "{{ ns.n }}"),
+    "a number in arithmetic": counted("n=messages|length", "{{ 'z' * (ns.n - loop.index0) }}"),
+    "a number as a place": counted("n=messages|length - 1", "{{ messages[ns.n].role }}"),
+    "a number for equal": counted("n=messages|length - 1", "{% if ns.n == loop.index0 %}L{% endif %}"),
+    "a number's kind": counted("n=messages|length", "{{ ns.n is integer }}{{ ns.n is number }}{{ ns.n|string }}"),
+    "a number or none": counted("n=none if messages|length % 2 else 3", "{{ ns.n is none }}"),
+    "a list kept": counted("all=[]", "{% set ns.all = ns.all + [m.role] %}{{ ns.all|length }}"),
     "messages that are left": (
-        "{% set left = messages|selectattr('role', 'equalto', 'user') %}" + LOOP % "{{ (left|first).content }}"
+        "{% set left = messages|selectattr('role', 'equalto', 'user') %}" + loop("{{ (left|first).content }}")
     ),
-    "the last turns only": LOOP.replace("in messages", "in messages[-3:]") % "",
-    "backwards": LOOP.replace("in messages", "in messages|reverse") % "",
-    "chosen": LOOP.replace("in messages", "in messages if m.role != 'tool'") % "{{ loop.index }}",
-    "twice": LOOP % "" + LOOP % "",
-    "changed": LOOP % "{% if loop.changed(m.role) %}~{% endif %}",
-    "joined": "{% set comma = joiner(',') %}" + LOOP % "{{ comma() }}",
-    "until": LOOP % "{% if m.content == 'stop' %}{% break %}{% endif %}" + "{{ messages|length }}",
-    "the whole list": LOOP % "" + "{{ messages|tojson }}{{ messages|list|length }}",
-    "in a macro": "{% macro all() %}" + LOOP % "" + "{% endmacro %}{{ all() }}",
-    "in a variable": "{% set text %}" + LOOP % "" + "{% endset %}{{ text|length }}{{ text }}",
-    "a list's method": "{{ messages.index(messages[0]) }}" + LOOP % "",
-    "compared": "{{ messages == [] }}" + LOOP % "",
-    "set behind the loop": LOOP % "{{ color }}" + "{% set color = 'late' %}{{ color }}",
+    "the last turns only": loop("", "messages[-3:]"),
+    "backwards": loop("", "messages|reverse"),
+    "chosen": loop("{{ loop.index }}", "messages if m.role != 'tool'"),
+    "twice": loop() + loop(),
+    "changed": loop("{% if loop.changed(m.role) %}~{% endif %}"),
+    "joined": "{% set comma = joiner(',') %}" + loop("{{ comma() }}"),
+    "until": loop("{% if m.content == 'stop' %}{% break %}{% endif %}") + "{{ messages|length }}",
+    "the whole list": loop() + "{{ messages|tojson }}{{ messages|list|length }}",
+    "in a macro": "{% macro all() %}" + loop() + "{% endmacro %}{{ all() }}",
+    "in a variable": "{% set text %}" + loop() + "{% endset %}{{ text|length }}{{ text }}",
+    "a list's method": "{{ messages.index(messages[0]) }}" + loop(),
+    "compared": "{{ messages == [] }}" + loop(),
+    "set behind the loop": loop("{{ color }}") + "{% set color = 'late' %}{{ color }}",
 }
 ALL = TEMPLATES | STRIPS | AWKWARD
 
