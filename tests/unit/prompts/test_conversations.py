@@ -43,10 +43,6 @@ STRIPS = {
         "{% set ns.first = false %}{% endif %}{% endfor %}"
         + loop("{% if ns.last <= loop.index0 %}{{ m.reasoning_content }}{% else %}old{% endif %}")
     ),
-    "asked from both sides": (
-        "{% set ns = namespace(last=messages|length // 2) %}"
-        + loop("{% if 1 < ns.last < loop.index %}a{% elif not ns.last > loop.index0 %}b{% endif %}")
-    ),
     "a state that goes from turn to turn": (
         "{% set ns = namespace(tool=false, calls=0, text='') %}"
         + loop(
@@ -56,7 +52,9 @@ STRIPS = {
         )
     ),
     "the end, in the last turn": loop("{% if loop.last %}END{% endif %}{{ loop.index }}{{ loop.cycle('x', 'y') }}"),
-    "neighbours": loop("{{ loop.previtem.role }}{{ loop.nextitem.role }}{{ messages[loop.index0 - 1].role }}"),
+    "neighbours": loop(
+        "{{ (loop.previtem or m).role }}{{ (loop.nextitem or m).role }}{{ messages[loop.index0 - 1].role }}"
+    ),
     "the next by its number": loop(
         "{% if messages[loop.index0 + 1] is defined %}{{ messages[loop.index].role }}{% endif %}"
     ),
@@ -76,6 +74,10 @@ STRIPS = {
 }
 # What has to be rendered whole, or is: each would be wrong if any of it were taken for granted.
 AWKWARD = {
+    "asked from both sides": (
+        "{% set ns = namespace(last=messages|length // 2) %}"
+        + loop("{% if 1 < ns.last < loop.index %}a{% elif not ns.last > loop.index0 %}b{% endif %}")
+    ),
     "length in every turn": loop("{{ messages|length }}"),
     "loop's length": loop("{{ loop.length }}{{ loop.revindex }}"),
     "the last message in every turn": loop("{{ messages[-1].content }}"),
@@ -112,6 +114,7 @@ texts = st.lists(
     ),
     max_size=4,
 ).map("".join)
+EOS = {"eos_token": "<|im_end|>"}  # which the tokenizer does not name
 CALL = [{"type": "function", "id": "c", "function": {"name": "f", "arguments": '{"x": 1.0}'}}]
 TOOL = {"type": "function", "function": {"name": "f", "parameters": {"a": [1, 1.0, True, None]}}}
 messages = st.one_of(
@@ -161,7 +164,7 @@ def edited(body: dict[str, Any], edit: tuple[str, Any]) -> dict[str, Any]:
         case ("system", text):
             told = [{"role": "system", "content": text}, *told[1:]]
         case ("field", (name, value)):
-            return {**body, name: value}
+            return {**body, name: {**EOS, **value} if name == "chat_template_kwargs" else value}
     return {**body, "messages": told}
 
 
@@ -220,7 +223,7 @@ def test_ids_are_those_of_the_whole_prompt(
 ) -> None:
     model = models[name]
     model.forget()
-    body: dict[str, Any] = {"messages": start}
+    body: dict[str, Any] = {"messages": start, "chat_template_kwargs": EOS}
     model.check(body)
     for edit in history:
         body = edited(body, edit)
@@ -230,7 +233,8 @@ def test_ids_are_those_of_the_whole_prompt(
 
 def conversation(count: int) -> dict[str, Any]:
     roles = ("user", "assistant")
-    return {"messages": [{"role": roles[i % 2], "content": f"Turn {i}, reasonably long."} for i in range(count)]}
+    told = [{"role": roles[i % 2], "content": f"Turn {i}, reasonably long."} for i in range(count)]
+    return {"messages": told, "chat_template_kwargs": EOS}
 
 
 @pytest.mark.parametrize("name", [*TEMPLATES, *STRIPS])
