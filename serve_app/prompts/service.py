@@ -18,6 +18,7 @@ import logging
 import os
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from itertools import chain
 from typing import Any
 
 from serve_app.errors import PromptError
@@ -191,25 +192,21 @@ class PromptService:
 
 
 def is_light(body: Mapping[str, Any]) -> bool:
-    """Whether to prepare it takes no more than some milliseconds. Looks at no more than `LIGHT_ITEMS` values."""
+    """Whether to prepare it takes no more than some milliseconds. Looks at no more than `LIGHT_ITEMS` values.
+
+    Level by level, since that is a third of the time of going from value to value; JSON has no mapping but `dict`.
+    """
     items, chars = 0, 0
-    left: list[Any] = [body]
-    while left:
-        value = left.pop()
-        items += len(value)
+    level: list[Any] = [body]
+    while level:
+        items += sum(map(len, level))
         if items > LIGHT_ITEMS:
             return False
-        if isinstance(value, list) and value and type(value[0]) is int:  # token ids have nothing in them
-            continue
-        for inner in value if isinstance(value, list) else value.values():
-            if isinstance(inner, str):
-                chars += len(inner)
-            elif isinstance(
-                inner, dict | list
-            ):  # JSON has no other mapping; to ask for `Mapping` takes ten times as long
-                left.append(inner)
+        values = [*chain.from_iterable([v if type(v) is list else v.values() for v in level])]
+        chars += sum([len(v) for v in values if type(v) is str])
         if chars > LIGHT_CHARS:
             return False
+        level = [v for v in values if type(v) is dict or type(v) is list]
     return True
 
 
