@@ -59,6 +59,7 @@ STRIPS = {
         "{{ (loop.previtem or m).role }}{{ (loop.nextitem or m).role }}"
         "{{ messages[loop.index0 - 1].role if not loop.first }}"
     ),
+    "nothing between turns": "{% for m in messages %}{{ m.content }}{% endfor %}",
     "the next by its number": loop(
         "{% if messages[loop.index0 + 1] is defined %}{{ messages[loop.index].role }}{% endif %}"
     ),
