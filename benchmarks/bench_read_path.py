@@ -684,7 +684,8 @@ def main() -> None:
     spec = EngineSpec(MODEL, BLOCK_SIZE, resolve_model("builtin:smollm2-135m-instruct"))
     if not args.choice:
         say("the next turn of a long conversation")
-        report["next_turn"] = asyncio.run(bench_next_turn(spec, 10 if args.quick else 200))
+        load = round(os.getloadavg()[0], 1)
+        report["next_turn"] = {**asyncio.run(bench_next_turn(spec, 10 if args.quick else 200)), "load_average": load}
         say(json.dumps(report["next_turn"], indent=2))
     if args.turns:
         args.output.write_text(json.dumps(report, indent=2) + "\n")
