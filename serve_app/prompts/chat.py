@@ -56,6 +56,7 @@ class ChatRenderer:
         self._default_kwargs = dict(default_kwargs or {})
         self._own_renderer = own_renderer(source)
         self._whole_only: set[str] = set()  # templates that turned out not to be resumable
+        self._compared: set[str] = set()  # templates of which transformers has rendered one conversation too
         self._special_tokens = dict(self._tokenizer.special_tokens_map)
         self._processor_template: str | None = None
         self._processor_error: str | None = None
@@ -127,10 +128,20 @@ class ChatRenderer:
         variables = self._special_tokens | {name: kwargs[name] for name in names & template_variables(template)}
         variables |= {"tools": tools, "documents": None, "add_generation_prompt": kwargs["add_generation_prompt"]}
         try:
-            return program.render(variables, messages, len(prompt.messages), known)
+            rendering = program.render(variables, messages, len(prompt.messages), known)
         except Exception as error:  # a template is a program
             self._leave_whole(template, prompt, error)
             return None
+        return rendering if rendering.resumed or self._is_the_same(template, prompt, rendering) else None
+
+    def _is_the_same(self, template: str, prompt: ChatPrompt, rendering: Rendering) -> bool:
+        """Whether transformers renders it alike: asked once of each template, for it may be another version of it."""
+        if template not in self._compared:
+            self._compared.add(template)
+            if self.render(prompt) != rendering.text:
+                self._whole_only.add(template)
+                logger.warning("kvcache: this transformers renders otherwise; long conversations are rendered whole")
+        return template not in self._whole_only
 
     def _leave_whole(self, template: str, prompt: ChatPrompt, error: Exception) -> None:
         """What only the watched rendering cannot do costs every request twice: do it no more."""
@@ -231,8 +242,10 @@ def _compiled(template: str) -> Any:
 def _resumable(template: str) -> ResumableTemplate | None:
     """None: nothing can be proven of it."""
     try:
+        from transformers.utils.chat_template_utils import _alias_reasoning_fields  # noqa: F401  not in every 5.x
+
         return ResumableTemplate(_compiled(template).environment, template)
-    except (Unwatched, TemplateError) as error:
+    except (ImportError, Unwatched, TemplateError) as error:
         logger.info("kvcache: the chat template is rendered whole for every turn: %s", error)
         return None
 

@@ -289,3 +289,11 @@ def test_conversations_are_bounded(chatml_path: str) -> None:
         encoder.encode(body)
         assert encoder._store.conversations.size_bytes() <= 2**14
     assert encoder._store.conversations.size_bytes() > 2**13
+
+
+def test_what_transformers_renders_counts(chatml_path: str) -> None:
+    """Another version of it may give templates something else: the first conversation shows it."""
+    model = Model(chatml_path, "{{ bos_token }}" + loop())
+    model.encoder._renderer._special_tokens = {"bos_token": "other"}
+    model.check(conversation(9))
+    model.check(conversation(11))
