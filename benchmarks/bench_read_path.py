@@ -75,6 +75,8 @@ SHARED_BLOCKS = 96  # of them, system prompt and documents that 16 prompts have 
 PROMPTS_PER_GROUP = 16
 OPEN_REQUESTS = 64  # routed, and not yet seen stored
 STORE_BYTES = 512 << 20
+TURNS = 400  # messages of a long conversation
+TURN_CHARS = {"30k": 300, "60k": 600}  # about how many tokens it has -> characters in each message
 NS_PER_US = 1_000
 
 
@@ -518,6 +520,57 @@ async def _check_path(path: ReadPath, chat: Chat, text: str) -> dict[str, int]:
     return {"tokens": len(ids), "body_bytes": len(chat.body), "known_tokens_when_90%_warm": known}
 
 
+# -- the next turn of a long conversation ------------------------------------------------------------------------------
+
+
+async def bench_next_turn(spec: EngineSpec, repeats: int) -> dict[str, Any]:
+    """An answer and a question more in a conversation of `TURNS` messages that is known, in turns: rendered from where
+    the last turn ended, and whole, as transformers renders it. All of it is on the event loop, but for reading JSON."""
+    services = {name: PromptService(PrefixStore(STORE_BYTES)) for name in ("resumed", "whole")}
+    encoders = {name: await service.encoder(spec) for name, service in services.items()}
+    whole = encoders["whole"]._renderer
+    whole._whole_only.add(whole.template(None))
+    report: dict[str, Any] = {}
+    for name, chars in TURN_CHARS.items():
+        messages = _turns(chars)
+        us: dict[str, list[float]] = {"json": [], **{which: [] for which in services}}
+        tokens = 0
+        for service in services.values():
+            await service.encode({"model": MODEL, "messages": messages}, spec)
+        gc.collect()
+        gc.freeze()
+        for turn in range(repeats):
+            question = {"role": "user", "content": f"And what of point {turn}?"}
+            raw = json.dumps({"model": MODEL, "messages": [*messages, *_turns(chars)[1:2], question]}).encode()
+            spent, body = timed(lambda raw=raw: msgspec.json.decode(raw))
+            us["json"].append(spent)
+            keys = {}
+            for which in random.sample(list(services), 2):
+                start = time.perf_counter_ns()
+                (keys[which],) = await services[which].encode(body, spec)
+                us[which].append((time.perf_counter_ns() - start) / NS_PER_US)
+            assert keys["resumed"].keys == keys["whole"].keys, "the next turn has other keys than the whole prompt"
+            tokens = keys["whole"].token_count
+        gc.unfreeze()
+        report[name] = {
+            "messages": TURNS + 2,
+            "tokens": tokens,
+            "us": {which: {"median": rounded(median(t)), "p10": rounded(p10(t))} for which, t in us.items()},
+            "resumed_to_whole": rounded(median(us["resumed"]) / median(us["whole"])),
+        }
+    return report
+
+
+def _turns(chars: int) -> list[dict[str, str]]:
+    from pydoc_data.topics import topics
+
+    text = "\n".join(topics[name] for name in sorted(topics))
+    return [
+        {"role": ("user", "assistant")[i % 2], "content": text[i * chars : (i + 1) * chars].strip()}
+        for i in range(TURNS)
+    ]
+
+
 # -- memory, each in a process of its own -----------------------------------------------------------------------------
 
 
@@ -618,6 +671,7 @@ def main() -> None:
     parser.add_argument("--output", type=Path, default=ROOT / "benchmarks/results/read_path.json", help="JSON to write")
     parser.add_argument("--memory", choices=("index", "prefix_store", "dynamo"), help=argparse.SUPPRESS)
     parser.add_argument("--choice", action="store_true", help="only the choice, into an existing --output")
+    parser.add_argument("--turns", action="store_true", help="only the next turn, into an existing --output")
     parser.add_argument("--blocks", type=int, help="distinct blocks in the index (default: 1,000,000)")
     args = parser.parse_args()
     blocks = args.blocks or (100_000 if args.quick else 1_000_000)
@@ -625,14 +679,22 @@ def main() -> None:
         print(json.dumps(measure_memory(args.memory, blocks)))
         return
     report: dict[str, Any] = {"machine": machine(), "quick": args.quick, "block_size": BLOCK_SIZE}
-    if args.choice and args.output.exists():
+    if (args.choice or args.turns) and args.output.exists():
         report = json.loads(args.output.read_text())
+    spec = EngineSpec(MODEL, BLOCK_SIZE, resolve_model("builtin:smollm2-135m-instruct"))
+    if not args.choice:
+        say("the next turn of a long conversation")
+        load = round(os.getloadavg()[0], 1)
+        report["next_turn"] = {**asyncio.run(bench_next_turn(spec, 10 if args.quick else 200)), "load_average": load}
+        say(json.dumps(report["next_turn"], indent=2))
+    if args.turns:
+        args.output.write_text(json.dumps(report, indent=2) + "\n")
+        return
     if not args.choice:
         say("memory, each in a process of its own")
         measured = ["index", "prefix_store"] + ["dynamo"] * (import_dynamo()[0] is not None)
         report["memory"] = {what: in_own_process(what, blocks) for what in measured}
     say(f"filling indexes of {blocks:,} blocks")
-    spec = EngineSpec(MODEL, BLOCK_SIZE, resolve_model("builtin:smollm2-135m-instruct"))
     fleet = make_fleet(blocks, (8, 64))
     indexes = {replicas: MemoryIndex() for replicas in (8, 64)}
     for replicas, index in indexes.items():

@@ -58,6 +58,7 @@ class Cutter:
         if backend.encode_special_tokens:  # special tokens in a text are then ordinary text
             self._openers = frozenset()
         self._added = longest_match(raw)
+        self.reach = max([2, *map(len, raw)])  # characters behind a cut that it depends on
         self._min_segment_chars = min_segment_chars
         looks_around = any(t.lstrip or t.rstrip or t.single_word or any(map(str.isspace, t.content)) for t in added)
         self._min_text_chars = None if looks_around or not _splits_words(backend) else min_text_chars

@@ -23,6 +23,7 @@ from serve_app.blocks import TOKEN_BYTES, block_keys, namespace_key
 from serve_app.errors import PromptError
 from serve_app.prompts.anthropic import merges_system
 from serve_app.prompts.chat import ChatRenderer
+from serve_app.prompts.conversations import Chain, Known, chain_of
 from serve_app.prompts.identity import (
     PROBES,
     TEMPLATE,
@@ -37,6 +38,7 @@ from serve_app.prompts.media import MEDIA_TOKENS, STAND_IN, media_start
 from serve_app.prompts.messages import count_media
 from serve_app.prompts.prefix_store import EncodedPrompt, Lookup, PrefixStore
 from serve_app.prompts.request import ChatPrompt, EngineRules, Prompt, TokenPrompt, namespace_of, parse_request
+from serve_app.prompts.resumable import Rendering
 from serve_app.prompts.tokenizer import Segment, Tokenizer
 from serve_app.types import BlockKey, EngineSpec
 
@@ -50,7 +52,9 @@ MAX_PROMPT_CHARS = 8 * 2**20  # what HAProxy hands over at most; some 2M tokens
 class Prepared:
     """A prompt that is rendered and looked up. Token prompts, and those known by their name, are finished already."""
 
-    segments: list[Segment]  # the prompt's text; none for token ids, or when the prompt is known by its name
+    segments: list[
+        Segment
+    ]  # the prompt's text, without what is known of its conversation; none for token ids or a name
     missing: list[Segment]  # to be tokenized
     lookup: Lookup | None
     encoded: EncodedPrompt | None
@@ -155,11 +159,65 @@ class PromptEncoder:
             if prompt.other is not None:
                 raise PromptError("ambiguous", "the request has images, and may be for either of two endpoints")
             return self._prepare_with_media(prompt, media, root)
-        name = self._name(prompt, root) if isinstance(prompt, ChatPrompt) else b""
+        if isinstance(prompt, ChatPrompt):
+            return self._prepare_chat(prompt, root)
+        return self._looked_up(prompt.text, prompt.add_special_tokens, root)
+
+    def _prepare_chat(self, prompt: ChatPrompt, root: BlockKey) -> Prepared:
+        chain = self._chain(prompt, root)
+        name = chain.whole if chain is not None and self._renders_alike else b""
         if name and (known := self._store.find_named(name)) is not None:
             return Prepared([], [], None, known)
-        text = self._render(prompt) if isinstance(prompt, ChatPrompt) else prompt.text
-        segments = self._split(text, prompt.add_special_tokens)
+        if chain is not None and chain.steps and (prepared := self._next_turn(prompt, root, chain, name)) is not None:
+            return prepared
+        return self._looked_up(self._render(prompt), prompt.add_special_tokens, root, name)
+
+    def _next_turn(self, prompt: ChatPrompt, root: BlockKey, chain: Chain, name: bytes) -> Prepared | None:
+        """Render, split and look up what is new in a conversation; None if that cannot be proven to be the same."""
+        if prompt.other is not None or (prompt.add_special_tokens and self._tokenizer.adds_tokens):
+            return None
+        known = self._store.conversations.find(chain)
+        rendering = self._renderer.resume(prompt, known.mark if known is not None else None)
+        if rendering is None:
+            return None
+        before, text = None, rendering.text
+        if known is not None and rendering.resumed:
+            before, text = known, known.tail + text
+        segments = self._split(text, False, before.chars if before is not None else 0)
+        digests = before.digests if before is not None else ()
+        lookup = self._store.go_on(digests, root, segments, self.spec.block_size, self._source_key)
+        if lookup is None:
+            return None
+        self._keep(chain, rendering, text, segments, lookup, before)
+        return Prepared(segments, lookup.missing, lookup, None, name)
+
+    def _keep(
+        self,
+        chain: Chain,
+        rendering: Rendering,
+        text: str,
+        segments: Sequence[Segment],
+        lookup: Lookup,
+        before: Known | None,
+    ) -> None:
+        """Have the conversation known up to the last step of its chain that proves a mark of the rendering."""
+        proven = [(mark, place) for mark, place in rendering.marks if 0 < mark.needs <= chain.messages]
+        if not proven or (before is not None and proven[-1][0].count == before.mark.count):
+            return
+        mark, place = proven[-1]
+        cut, chars, digests = 0, 0, 0
+        if before is not None:
+            place, chars, digests = place + len(before.tail), before.chars, len(before.digests)
+        for segment in segments:
+            end = cut + len(segment.text)
+            if end + self._tokenizer.cutter.reach > place:
+                break
+            cut, digests = end, digests + 1
+        known = Known(mark, lookup.digests[:digests], chars + cut, text[cut:place])
+        self._store.conversations.keep(chain.step(mark.needs), known)
+
+    def _looked_up(self, text: str, add_special_tokens: bool, root: BlockKey, name: bytes = b"") -> Prepared:
+        segments = self._split(text, add_special_tokens)
         lookup = self._store.lookup(root, segments, self.spec.block_size, self._source_key)
         return Prepared(segments, lookup.missing, lookup, None, name)
 
@@ -180,9 +238,10 @@ class PromptEncoder:
         unknown_tokens = (len(text) - end) // CHARS_PER_TOKEN + media * MEDIA_TOKENS
         return Prepared(segments, lookup.missing, lookup, None, b"", "media", unknown_tokens)
 
-    def _split(self, text: str, add_special_tokens: bool) -> list[Segment]:
-        if len(text) > MAX_PROMPT_CHARS:
-            raise PromptError("too_long", f"the prompt has {len(text)} characters, more than {MAX_PROMPT_CHARS}")
+    def _split(self, text: str, add_special_tokens: bool, chars_before: int = 0) -> list[Segment]:
+        chars = chars_before + len(text)
+        if chars > MAX_PROMPT_CHARS:
+            raise PromptError("too_long", f"the prompt has {chars} characters, more than {MAX_PROMPT_CHARS}")
         return self._tokenizer.split(text, add_special_tokens)
 
     def _templates(self) -> list[str]:
@@ -193,12 +252,10 @@ class PromptEncoder:
                 found.append(self._renderer.template([{}] if with_tools else None))
         return found
 
-    def _name(self, prompt: ChatPrompt, root: BlockKey) -> bytes:
-        """Digest of all that the rendered text depends on; b"" if it may depend on something else, or has no digest."""
-        if not self._renders_alike:
-            return b""
+    def _chain(self, prompt: ChatPrompt, root: BlockKey) -> Chain | None:
+        """Digests of all that the rendered text depends on, beside the time and chance; None if there are none."""
         try:
-            return xxhash.xxh3_128_digest(root + self._spec_digest + msgspec.msgpack.encode(prompt))
+            return chain_of(prompt, root + self._spec_digest)
         except (TypeError, ValueError, OverflowError, RecursionError):
             # Not from JSON, half a surrogate pair, or hundreds of brackets deep: rendering will tell.
-            return b""
+            return None

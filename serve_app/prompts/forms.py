@@ -141,8 +141,11 @@ def _dialect(body: Mapping[str, Any]) -> Form:
 
 
 def _has_blocks(messages: Any) -> bool:
-    """Whether there is a content block that no chat request has."""
-    return any(kind in _BLOCKS_ONLY for message in _objects(messages) for kind in _kinds(message))
+    """Whether there is a content block that no chat request has. Most messages are text, and passed over quickly."""
+    if not isinstance(messages, list):
+        return False
+    with_parts = [m for m in messages if isinstance(m, dict) and isinstance(m.get("content"), list)]
+    return any(kind in _BLOCKS_ONLY for message in with_parts for kind in _kinds(message))
 
 
 def _by_content(messages: Any) -> Form:

@@ -22,6 +22,7 @@ from threading import Lock
 import xxhash
 
 from serve_app.blocks import KEY_BYTES, block_keys
+from serve_app.prompts.conversations import Conversations
 from serve_app.prompts.tokenizer import Segment
 from serve_app.types import BlockKey, BlockKeys
 
@@ -30,6 +31,7 @@ _DIGEST_BYTES = 16
 # Of one entry beside its payload: dict slot and list node of OrderedDict (measured with tracemalloc, CPython 3.11).
 _SLOT_BYTES = 110
 _NAMED_SHARE = 8  # named prompts take at most 1/8 of the store
+_CONVERSATIONS_SHARE = 16  # and conversations 1/16, set aside for them
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,8 +53,9 @@ class _Named:
     token_count: int
 
     def size_bytes(self) -> int:
-        payload = (self, self.digests, *self.digests, self.keys, self.token_count)
-        return sum(map(sys.getsizeof, payload)) + sys.getsizeof(b"") + _DIGEST_BYTES + _SLOT_BYTES
+        payload = (self, self.digests, self.keys, self.token_count)
+        digests = (len(self.digests) + 1) * (sys.getsizeof(b"") + _DIGEST_BYTES)
+        return sum(map(sys.getsizeof, payload)) + digests + _SLOT_BYTES
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,7 +101,8 @@ class PrefixStore:
     """Thread-safe, bounded by bytes, least recently used first out."""
 
     def __init__(self, max_bytes: int) -> None:
-        self._max_bytes = max_bytes
+        self.conversations = Conversations(max_bytes // _CONVERSATIONS_SHARE)
+        self._max_bytes = max_bytes - max_bytes // _CONVERSATIONS_SHARE
         self._lock = Lock()
         self._entries: OrderedDict[bytes, _Entry] = OrderedDict()  # oldest use first
         self._named: OrderedDict[bytes, _Named] = OrderedDict()  # by name of the prompt
@@ -114,7 +118,22 @@ class PrefixStore:
             block_size: tokens per block; the one in `root`.
             tokenizer: tells apart tokenizers that are used in the same namespace.
         """
-        digests = tuple(_digests(root, segments, tokenizer))
+        lookup = self.go_on((), root, segments, block_size, tokenizer)
+        assert lookup is not None
+        return lookup
+
+    def go_on(
+        self, before: tuple[bytes, ...], root: BlockKey, segments: Sequence[Segment], block_size: int, tokenizer: str
+    ) -> Lookup | None:
+        """The same for a prompt of which only the end is given; None if some of what is before it was evicted.
+
+        Args:
+            before: digests of the segments before, of an earlier lookup with this root and tokenizer.
+            segments: the rest of the prompt.
+            root, block_size, tokenizer: as in `lookup`.
+        """
+        start = before[-1] if before else xxhash.xxh3_128_digest(root + tokenizer.encode())
+        digests = (*before, *_digests(start, segments))
         known: list[_Entry] = []
         with self._lock:
             for digest in digests:
@@ -122,10 +141,13 @@ class PrefixStore:
                 if entry is None:
                     break
                 known.append(entry)
-            self._touch(digests[: len(known)])
+            if len(known) < len(before):
+                return None
+            if len(known) == len(digests):  # else `complete` will
+                self._touch(digests)
             self._hits += len(known)
             self._misses += len(digests) - len(known)
-        return Lookup(list(segments[len(known) :]), block_size, root, digests, tuple(known))
+        return Lookup(list(segments[len(known) - len(before) :]), block_size, root, digests, tuple(known))
 
     def find_named(self, name: bytes) -> EncodedPrompt | None:
         """The whole prompt of that name, unless some of it was evicted."""
@@ -184,7 +206,7 @@ class PrefixStore:
 
     def stats(self) -> StoreStats:
         with self._lock:
-            held = self._bytes + self._named_bytes
+            held = self._bytes + self._named_bytes + self.conversations.size_bytes()
             return StoreStats(len(self._entries), held, self._hits, self._misses, self._evictions)
 
     def _store(self, digests: Sequence[bytes], first: int, made: Sequence[_Entry]) -> None:
@@ -204,23 +226,24 @@ class PrefixStore:
 
     def _touch(self, digests: Sequence[bytes]) -> None:
         """Mark as used, the last segment first: a segment is then never evicted before those that build on it."""
+        entries = self._entries
         for digest in reversed(digests):
-            if digest in self._entries:
-                self._entries.move_to_end(digest)
+            if digest in entries:
+                entries.move_to_end(digest)
 
 
 def _joined(entries: Sequence[_Entry], known: int) -> EncodedPrompt:
-    chunks = tuple(entry.ids for entry in entries)
+    chunks = tuple([entry.ids for entry in entries])
+    cached = sum(map(len, chunks[:known]))
     return EncodedPrompt(
-        block_keys=b"".join(entry.keys for entry in entries),
-        token_count=sum(map(len, chunks)) // _TOKEN_BYTES,
-        cached_token_count=sum(map(len, chunks[:known])) // _TOKEN_BYTES,
+        block_keys=b"".join([entry.keys for entry in entries]),
+        token_count=(cached + sum(map(len, chunks[known:]))) // _TOKEN_BYTES,
+        cached_token_count=cached // _TOKEN_BYTES,
         chunks=chunks,
     )
 
 
-def _digests(root: BlockKey, segments: Sequence[Segment], tokenizer: str) -> Iterator[bytes]:
-    digest = xxhash.xxh3_128_digest(root + tokenizer.encode())
+def _digests(digest: bytes, segments: Sequence[Segment]) -> Iterator[bytes]:
     for segment in segments:
         flag = b"\1" if segment.add_special_tokens else b"\0"
         digest = xxhash.xxh3_128_digest(digest + flag + segment.text.encode())

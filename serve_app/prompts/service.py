@@ -18,6 +18,7 @@ import logging
 import os
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from itertools import chain
 from typing import Any
 
 from serve_app.errors import PromptError
@@ -192,24 +193,23 @@ class PromptService:
 
 
 def is_light(body: Mapping[str, Any]) -> bool:
-    """Whether to prepare it takes no more than some milliseconds. Looks at no more than `LIGHT_ITEMS` values."""
+    """Whether to prepare it takes no more than some milliseconds. Looks at no more than `LIGHT_ITEMS` values.
+
+    Level by level, since that is a third of the time of going from value to value; JSON has no mapping but `dict`.
+    """
     items, chars, ids = 0, 0, 0
-    left: list[Any] = [body]
-    while left:
-        value = left.pop()
-        if isinstance(value, str):
-            chars += len(value)
-        elif isinstance(value, Mapping):
-            items += len(value)
-            if items <= LIGHT_ITEMS:
-                left.extend(value.values())
-        elif isinstance(value, list) and value and type(value[0]) is int:
-            ids += len(value)  # nothing is in them
-        elif isinstance(value, list):
-            items += len(value)
-            if items <= LIGHT_ITEMS:
-                left.extend(value)
-        if items > LIGHT_ITEMS or chars > LIGHT_CHARS or ids > LIGHT_IDS:
+    level: list[Any] = [body]
+    while level:
+        items += sum(map(len, level))
+        if items > LIGHT_ITEMS:
+            return False
+        values = [*chain.from_iterable([v if type(v) is list else v.values() for v in level])]
+        chars += sum([len(v) for v in values if type(v) is str])
+        within = [v for v in values if type(v) is dict or type(v) is list]
+        level = [v for v in within if type(v) is dict or not v or type(v[0]) is not int]
+        if len(level) < len(within):
+            ids += sum([len(v) for v in within if type(v) is list and v and type(v[0]) is int])
+        if chars > LIGHT_CHARS or ids > LIGHT_IDS:
             return False
     return True
 
