@@ -26,7 +26,7 @@ from benchmarks.fleet.requests import FleetView, LoadReport, Record, Request
 from benchmarks.fleet.workloads import Workload
 from serve_app.types import BlockKey
 
-RETRY_S = 0.05  # a request that every replica refuses is tried again after this
+RETRY_S = 0.05  # a request that every replica refuses, or that waits at the router, is tried again after this
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,10 +69,12 @@ class _Router:
         self.policy.on_load_report(replica, report, now_s)
 
     def route(self, record: Record, now_s: float, fleet: list[Replica]) -> bool:
-        """Send the request to a replica that takes it. Returns False if none does."""
+        """Send the request to a replica that takes it. Returns False if none does, or if it must wait."""
         self.view.closed.clear()
         while len(self.view.closed) < len(fleet):
             chosen = self.policy.route(record.request, now_s, self.view)
+            if chosen is None:
+                return False
             if fleet[chosen].submit(record, now_s):
                 record.replica = chosen
                 record.routed_s = now_s
