@@ -47,6 +47,7 @@ QUICK_WORKLOADS = "llmd-73,zipf,no-reuse"
 QUICK_RATES = {"llmd-73": (20.0, 60.0), "zipf": (60.0,), "no-reuse": (35.0,)}
 DEFAULT_POLICIES = ",".join(POLICIES)
 console = Console()
+app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 
 
 @dataclass(frozen=True)
@@ -160,6 +161,7 @@ def kept_workloads(path: Path, parameters: Mapping[str, Any]) -> dict[str, Any]:
     return dict(before["workloads"])
 
 
+@app.command()
 def main(
     workload: Annotated[str, typer.Option(help="names, comma separated, or `all`")] = "all",
     policies: Annotated[str, typer.Option(help="names, comma separated")] = DEFAULT_POLICIES,
@@ -258,4 +260,4 @@ def main(
 
 
 if __name__ == "__main__":
-    typer.run(main)
+    app()

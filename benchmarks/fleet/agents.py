@@ -28,7 +28,7 @@ from benchmarks.fleet.workloads import Stage, numbered_keys
 from serve_app.types import BlockKey
 
 MAX_THINK_S = 60.0
-MIN_THINK_S = 0.1
+MIN_THINK_S = 0.5  # the trace has whole seconds: 0 is anything below one
 MAX_CONTEXT_TOKENS = 128_000
 START_S = 60.0  # users begin within this time
 _ID_BITS = 24
