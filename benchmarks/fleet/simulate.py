@@ -246,7 +246,7 @@ class Simulation:
             outbox.clear()
 
     def _changed_reports(self, now_s: float) -> dict[int, LoadReport]:
-        """What the replicas have to say. One that has done nothing since its last report has nothing new for a second."""
+        """What the replicas have to say. One that has done nothing since its last report is silent for a second."""
         reports = {}
         for replica in self.replicas:
             index = replica.index

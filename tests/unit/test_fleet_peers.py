@@ -43,7 +43,7 @@ def packed(request: Request, blocks: int) -> bytes:
     return b"".join(request.prompt_keys[:blocks])
 
 
-# -- LMetric: lmetric_test.go of llm-d-router; (blocks held of 100 or 1,000, requests) of two endpoints -----------------
+# -- LMetric: lmetric_test.go of llm-d-router; (blocks held of 100 or 1,000, requests) of two endpoints ----------------
 
 
 @pytest.mark.parametrize(
@@ -157,7 +157,7 @@ def _dynamo(decay: float = 0.0) -> DynamoKvRouter:
 
 @pytest.mark.parametrize(("decay", "chosen"), [(0.0, 0), (1.0, 1)])
 def test_dynamo_credit_decay(decay: float, chosen: int) -> None:
-    """test_overlap_credit_decay_can_prefer_less_loaded_cold_worker: 64 tokens, 4 blocks held, 48 tokens queued there."""
+    """test_overlap_credit_decay_can_prefer_less_loaded_cold_worker: 64 tokens, all held, 48 queued there."""
     builder, policy = Builder(Keys()), _dynamo(decay)
     request, queued = prompt(builder, 4), prompt(builder, 3)
     policy.on_stored(0, packed(request, 4), 0.0)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import gzip
 import json
 from collections.abc import Iterator, Sequence
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,7 @@ from benchmarks.fleet.traces import (
     read_lines,
     read_sessions,
 )
+from scripts.download_traces import agent_session
 
 BLOCK = 64
 FLEET = SimulationConfig(replicas=2, replica=ReplicaConfig(kv_tokens=64 * 4_000, block_size_tokens=BLOCK))
@@ -65,7 +67,7 @@ def by_session(run: Run) -> Iterator[list[Record]]:
 def test_a_turn_comes_after_the_answer_and_the_pause(tmp_path: Path) -> None:
     turns = (turn(10), turn(12, 7.0, 30), turn(15, 900.0, 60), turn(16, 0.0, 61))
     run = play(write(tmp_path, [session("a", *turns)]))
-    gaps = [later.request.arrival_s - before.finished_s for before, later in zip(run.records, run.records[1:])]
+    gaps = [later.request.arrival_s - before.finished_s for before, later in pairwise(run.records)]
     assert gaps == pytest.approx([7.0, MAX_THINK_S, 0.5])
     assert [record.request.prompt_tokens for record in run.records] == [643, 771, 963, 1_027]
 
@@ -193,3 +195,23 @@ def test_bad_input_gets_one_sentence_before_anything_runs(arguments: list[str], 
     assert told.exit_code == 2
     assert says in " ".join(told.output.replace("│", " ").split())
     assert "Traceback" not in told.output
+
+
+def test_downloaded_sessions_become_lines_that_are_read(tmp_path: Path) -> None:
+    """A file of kv-cache-tester's: ids of its own, a last partial block, a subagent among the requests."""
+    plain = {"type": "n", "out": 7, "think_time": 2.5}
+    raw = {
+        "block_size": BLOCK,
+        "system_tokens": 128,
+        "tool_tokens": 64,
+        "requests": [
+            {**plain, "t": 0.0, "in": 4 * BLOCK + 1, "hash_ids": [50, 51, 90, 91, 7]},
+            {"type": "subagent", "t": 3.0, "requests": [{**plain, "t": 0.0, "in": BLOCK, "hash_ids": [400]}]},
+            {**plain, "t": 9.0, "in": 5 * BLOCK, "hash_ids": [50, 51, 90, 12, 13]},
+        ],
+    }
+    (read,) = read_sessions(write(tmp_path, [agent_session("trace_1", raw)]))
+    assert [request.ids for request in read.requests] == [[(1, 4)], [(1, 3), (6, 2)]]
+    assert read.requests[1].think_s == 2.5
+    assert read.subagents[0].requests[0].ids == [(8, 1)]
+    assert read.shared_blocks == 3
