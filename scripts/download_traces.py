@@ -1,7 +1,7 @@
 """Fetch the public traces that the fleet simulator replays, in the form in which it reads them.
 
 In: a network. Out: three files in ../shared/traces beside the repository, or in the folder that is named; about 1.3 MB
-from 320 MB of downloads. What is there already is left alone. Origins, both Apache-2.0:
+from some hundred MB of downloads. What is there already is left alone. Origins, both Apache-2.0:
 
 - kvcache-ai/Mooncake, FAST25-release/traces: lines as they are;
 - callanjfox/kv-cache-tester, traces: 160 of its sessions, one line each. Block ids are numbered anew, by first use.

@@ -83,7 +83,7 @@ class AgentSessions:
     sessions: Sequence[AgentSession]
     seed: int
     users: int
-    max_requests: int = 60
+    max_requests: int = 40
     min_think_s: float = MIN_THINK_S
     _count: int = 0
     _open: dict[int, _Sent] = field(default_factory=dict)  # by request id
