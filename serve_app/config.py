@@ -51,9 +51,6 @@ class CostSettings(_Settings):
     displace: Annotated[
         NonNegativeFloat, Field(description="What a computed token costs beyond its own time: others wait, blocks go.")
     ] = _WEIGHTS.displace
-    delay: Annotated[
-        NonNegativeFloat, Field(description="What it costs to delay the requests that come while a queue lasts.")
-    ] = _WEIGHTS.delay
     adapter_load_s: Annotated[
         NonNegativeFloat, Field(description="Seconds that a replica takes to load a LoRA adapter.")
     ] = _WEIGHTS.adapter_load_s
@@ -64,7 +61,6 @@ class CostSettings(_Settings):
             in_flight_tokens=self.in_flight_tokens,
             imbalance_tokens=self.imbalance_tokens,
             displace=self.displace,
-            delay=self.delay,
             adapter_load_s=self.adapter_load_s,
         )
 

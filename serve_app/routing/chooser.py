@@ -199,7 +199,6 @@ class Chooser:
         reports = self.in_flight.reports(pods, now_s)
         queued = self._queued_tokens(pods, reports)
         suspects = self._suspects(pods, now_s)
-        arrivals_per_s = self.in_flight.arrivals_per_s(now_s) / max(len(pods), 1)
         s_per_token, weights = self.rates.s_per_token, self.weights
         for i, (prompt, matches) in enumerate(zip(found.prompts, found.matches, strict=True)):
             # Most pods of a large fleet hold nothing of a prompt: what is the same for them is done once.
@@ -221,7 +220,6 @@ class Chooser:
                     s_per_token(pod),
                     turnover[pod],
                     evicted.get(pod, 0),
-                    arrivals_per_s,
                     weights,
                 )
                 if not i and (pod in suspects or pod in lacks):

@@ -8,17 +8,14 @@ queue     500 * 0.1 ms                50 ms
 decode    3 * 8 * 0.1 ms             2.4 ms
 balance   0.02 * 16384 * 0.1 ms     32.8 ms      where the fleet's imbalance is 0.02
 displace  200 * 1.0 * 0.1 ms          20 ms      where turnover is 1, and no other pod has more room left
-          + 2 * 50 ms * 20 ms          2 ms      where each pod gets 2 requests a second
 
-Weights are in tokens of prefill, so that they fit a slow fleet as well as a fast one. The last two terms are no part
-of the request's own time to first token; they make the choice unselfish. `balance` is for the requests that run there
-(imbalance.py). `displace` is for those that come later: computing what another pod holds delays what decodes there,
-and pushes as many tokens out of a full cache, to be computed again where they were still wanted (turnover.py).
-Without it hits are given up for every short queue, caches fill with copies, and under load the hit rate falls;
-docs/benchmarks.md has the figures. Behind a queue, what is computed delays all that come while the queue lasts: 2 a
-second for 50 ms here, by 20 ms each. So at saturation a hit is worth more than a short queue. Tokens that no pod
-holds count in it once more where they would push others out, while another pod's cache has room left for them: an
-engine that was reset or has just come gets what is new, and what it lost.
+Weights are in tokens of prefill, so that they fit a slow fleet as well as a fast one. The last two terms are no part of
+the request's own time to first token; they make the choice unselfish. `balance` is for the requests that run there
+(imbalance.py). `displace` is for those that come later: computing what another pod holds delays what decodes there, and
+pushes as many tokens out of a full cache, to be computed again where they were still wanted (turnover.py). Without it
+hits are given up for every short queue, caches fill with copies, and under load the hit rate falls; docs/benchmarks.md
+has the figures. Tokens that no pod holds count in it once more where they would push others out, while another pod's
+cache has room left for them: an engine that was reset or has just come gets what is new, and what it lost.
 """
 
 from __future__ import annotations
@@ -44,7 +41,6 @@ class CostWeights:
     in_flight_tokens: float = 8.0  # tokens of prefill by which one request in flight slows another's
     imbalance_tokens: float = 16_384.0  # what having twice the fleet's mean in flight costs, beyond chance
     displace: float = 1.0  # of the tokens to compute
-    delay: float = 1.0  # of the time by which a prefill delays those that come while the queue before it lasts
     adapter_load_s: float = LOAD_S  # seconds that loading a LoRA adapter takes
 
 
@@ -68,7 +64,6 @@ def cost(
     s_per_token: float,
     turnover: float,
     evicted_tokens: float,
-    arrivals_per_s: float,
     weights: CostWeights,
 ) -> Cost:
     """The cost at one pod.
@@ -82,19 +77,16 @@ def cost(
         s_per_token: its time of prefill.
         turnover: how much was computed there lately, beside the pod where it was most: 0 to 1.
         evicted_tokens: what this pod must push out for it, beyond what the pod with most room must.
-        arrivals_per_s: requests that a pod gets, by the fleet's mean.
     """
     load = 0.0
     for tier, tokens in match.tokens.items():
         load += tokens * weights.tier_load.get(tier, weights.unknown_tier_load)
-    compute_s, queue_s = compute_tokens * s_per_token, queued_tokens * s_per_token
     displaced = compute_tokens * turnover + evicted_tokens
-    delayed_s = arrivals_per_s * queue_s * compute_s
     return Cost(
-        compute_s,
+        compute_tokens * s_per_token,
         load * s_per_token,
-        queue_s,
+        queued_tokens * s_per_token,
         in_flight * weights.in_flight_tokens * s_per_token,
         imbalance * weights.imbalance_tokens * s_per_token,
-        displaced * weights.displace * s_per_token + delayed_s * weights.delay,
+        displaced * weights.displace * s_per_token,
     )

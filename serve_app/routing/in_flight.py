@@ -33,7 +33,6 @@ class InFlight:
 
     def __init__(self) -> None:
         self._sent: dict[PodId, deque[float]] = {}  # times of the last FORGET_S
-        self._sent_anywhere: deque[float] = deque()  # the same of all pods
         self._on_the_way: dict[PodId, dict[RequestTag, float]] = {}  # not yet accepted, as far as is known
         self._early = Early()
         self._tells: set[PodId] = set()  # pods that say what becomes of each request
@@ -43,14 +42,9 @@ class InFlight:
     def sent(self, pod: PodId, now_s: float, tag: RequestTag = b"") -> None:
         self._lately(pod, now_s)
         self._sent.setdefault(pod, deque()).append(now_s)
-        _forget(self._sent_anywhere, now_s).append(now_s)
         if tag and not self._early.was_told(pod, tag):
             self._not_lost(pod, now_s)
             self._on_the_way.setdefault(pod, {})[tag] = now_s
-
-    def arrivals_per_s(self, now_s: float) -> float:
-        """Requests that the fleet got lately."""
-        return len(_forget(self._sent_anywhere, now_s)) / FORGET_S
 
     def lease(self, pod: PodId, tag: RequestTag, until_s: float) -> None:
         """The request that was just sent there counts until its end is told, or until then."""
@@ -63,8 +57,6 @@ class InFlight:
         """The last request that was sent there has not gone there after all."""
         if self._sent.get(pod):
             self._sent[pod].pop()
-            if self._sent_anywhere:
-                self._sent_anywhere.pop()
         self._on_the_way.get(pod, {}).pop(tag, None)
         self._leases.get(pod, {}).pop(tag, None)
 
@@ -135,7 +127,12 @@ class InFlight:
         self._tells &= keep
 
     def _lately(self, pod: PodId, now_s: float) -> deque[float]:
-        return _forget(self._sent.get(pod, deque()), now_s)
+        sent = self._sent.get(pod)
+        if sent is None:
+            return deque()
+        while sent and sent[0] <= now_s - FORGET_S:
+            sent.popleft()
+        return sent
 
     def _on_top(self, pod: PodId, report: PodLoad, now_s: float) -> int:
         """Of what was sent there: what the report cannot know of."""
@@ -161,10 +158,3 @@ class InFlight:
         while on_the_way and (oldest := next(iter(on_the_way.items())))[1] <= now_s - ACCEPT_S:
             del on_the_way[oldest[0]]
         return len(on_the_way) if on_the_way else 0
-
-
-def _forget(sent: deque[float], now_s: float) -> deque[float]:
-    """Without the times that are `FORGET_S` ago."""
-    while sent and sent[0] <= now_s - FORGET_S:
-        sent.popleft()
-    return sent

@@ -229,13 +229,3 @@ def test_leases_of_a_pod_are_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
         in_flight.lease(PodId("a"), request_tag(f"r{i}"), 100.0)
     assert in_flight.count(PodId("a"), 1.0) == 3
     assert in_flight.count(PodId("a"), 100.0) == 0
-
-
-def test_arrivals_are_those_of_the_last_half_minute_at_all_pods() -> None:
-    in_flight = InFlight()
-    for second in range(60):
-        in_flight.sent((A, B)[second % 2], START_S + second)
-    assert in_flight.arrivals_per_s(START_S + 59) == pytest.approx(1.0)
-    in_flight.withdrawn(A)
-    assert in_flight.arrivals_per_s(START_S + 59) == pytest.approx(29 / 30)
-    assert in_flight.arrivals_per_s(START_S + 59 + FORGET_S) == 0.0
