@@ -1,18 +1,21 @@
 """Routing policies on a simulated fleet of GPU replicas: time to first token, tokens/s, hit rate, balance.
 
-In: nothing but the package (and a trace file for `--workload mooncake`). Out: benchmarks/results/fleet.json, plots
-beside it, a Markdown table on the terminal. Every policy gets the same requests of the same seeds; numbers are means
-over the seeds. The simulator is in benchmarks/fleet/, its own checks in tests/unit/test_fleet_*.py.
+In: nothing but the package (and the trace files, for the workloads that replay them). Out:
+benchmarks/results/fleet.json, plots beside it, a Markdown table on the terminal. Every policy gets the same
+requests of the same seeds; numbers are means over the seeds. The simulator is in benchmarks/fleet/, its own checks
+in tests/unit/test_fleet_*.py.
 
     benchmarks/bench_fleet.py --quick                                       # under a minute: is it better or worse
     benchmarks/bench_fleet.py --workload llmd-73 --policies ours,longest_prefix --rates 20,60
     benchmarks/bench_fleet.py --event-delay 0.1 --routers 4                 # stale views
     benchmarks/bench_fleet.py --workload sglang-gsp --merge                 # the file's other workloads stay
+    benchmarks/bench_fleet.py --workload agents-claude-code --kv-tokens 307200 --part tuning
 """
 
 from __future__ import annotations
 
 import json
+import math
 import os
 import platform
 import sys
@@ -36,13 +39,15 @@ sys.path.insert(0, str(ROOT))  # the script runs from anywhere
 
 from benchmarks.fleet.metrics import mean_of_seeds, summarise  # noqa: E402
 from benchmarks.fleet.registry import POLICIES  # noqa: E402
-from benchmarks.fleet.scenarios import SCENARIOS, scenario, use_trace  # noqa: E402
+from benchmarks.fleet.scenarios import SCENARIOS, scenario  # noqa: E402
 from benchmarks.fleet.simulate import SimulationConfig, simulate  # noqa: E402
+from benchmarks.fleet.traces import TRACES, Part, TraceSource  # noqa: E402
 
 QUICK_WORKLOADS = "llmd-73,zipf,no-reuse"
 QUICK_RATES = {"llmd-73": (20.0, 60.0), "zipf": (60.0,), "no-reuse": (35.0,)}
 DEFAULT_POLICIES = ",".join(POLICIES)
 console = Console()
+app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 
 
 @dataclass(frozen=True)
@@ -55,17 +60,21 @@ class Job:
     rates: tuple[float, ...] | None
     config: SimulationConfig
     ttft_slo_s: float
-    trace: Path | None
+    traces: TraceSource
+    kv_tokens: int  # GPU memory of a replica for KV; 0: the workload's own
     cpu_tokens: int  # CPU tier of a replica; 0: none
     max_waiting: int  # 0: any number
 
 
 def run_job(job: Job) -> dict[str, Any]:
-    if job.trace is not None:
-        use_trace(job.trace)
     chosen = scenario(job.workload)
-    workload = chosen.make(job.seed, job.rates)
-    replica = replace(chosen.replica, cpu_tokens=job.cpu_tokens, max_waiting=job.max_waiting or None)
+    workload = chosen.make(job.seed, job.rates, job.traces)
+    replica = replace(
+        chosen.replica,
+        kv_tokens=job.kv_tokens or chosen.replica.kv_tokens,
+        cpu_tokens=job.cpu_tokens,
+        max_waiting=job.max_waiting or None,
+    )
     config = replace(job.config, replicas=chosen.replicas, replica=replica, seed=job.seed)
     start_s = time.perf_counter()
     run = simulate(workload, job.policy, config)
@@ -119,29 +128,54 @@ def names(text: str, known: Sequence[str], what: str) -> list[str]:
     return chosen
 
 
+def positive_rates(text: str) -> tuple[float, ...] | None:
+    """Comma separated -> numbers; None if there are none."""
+    rates = []
+    for each in filter(None, (part.strip() for part in text.split(","))):
+        try:
+            rate = float(each)
+        except ValueError:
+            raise typer.BadParameter(f"{each!r} is no number", param_hint="--rates") from None
+        if not 0 < rate < math.inf:
+            raise typer.BadParameter(f"a rate must be above 0, and {each} is not", param_hint="--rates")
+        rates.append(rate)
+    return tuple(rates) or None
+
+
+def check(workload: str, rates: tuple[float, ...] | None, traces: TraceSource) -> None:
+    """Make it once, so that what is wrong with it is told before anything runs."""
+    try:
+        scenario(workload).make(1, rates, traces)
+    except ValueError as error:
+        raise typer.BadParameter(f"workload {workload}: {error}") from None
+
+
 def kept_workloads(path: Path, parameters: Mapping[str, Any]) -> dict[str, Any]:
     """The workloads that a file has already; what is merged with them must have been run alike."""
     if not path.exists():
         return {}
     before = json.loads(path.read_text())
-    other = {name for name, value in parameters.items() if before["parameters"].get(name) != value}
+    other = {name for name, value in parameters.items() if before["parameters"].get(name, value) != value}
     if other:
         raise typer.BadParameter(f"{path} was made with another {', '.join(sorted(other))}: not merged")
     return dict(before["workloads"])
 
 
+@app.command()
 def main(
     workload: Annotated[str, typer.Option(help="names, comma separated, or `all`")] = "all",
     policies: Annotated[str, typer.Option(help="names, comma separated")] = DEFAULT_POLICIES,
-    seeds: Annotated[int, typer.Option(help="runs of each, with other requests")] = 3,
+    seeds: Annotated[int, typer.Option(help="runs of each, with other requests", min=1)] = 3,
     rates: Annotated[str, typer.Option(help="steps of the ladder to run besides the warm-up; default: all")] = "",
-    event_delay: Annotated[float, typer.Option(help="s until a router sees a cache event")] = 0.01,
-    report_interval: Annotated[float, typer.Option(help="s between load reports; 0: loads are exact")] = 0.1,
-    routers: Annotated[int, typer.Option(help="routers, each with its own view")] = 1,
+    event_delay: Annotated[float, typer.Option(help="s until a router sees a cache event", min=0)] = 0.01,
+    report_interval: Annotated[float, typer.Option(help="s between load reports; 0: loads are exact", min=0)] = 0.1,
+    routers: Annotated[int, typer.Option(help="routers, each with its own view", min=1)] = 1,
     ttft_slo: Annotated[float, typer.Option(help="s, for goodput")] = 2.0,
-    cpu_tokens: Annotated[int, typer.Option(help="CPU tier of each replica, in tokens; 0: none")] = 0,
-    max_waiting: Annotated[int, typer.Option(help="requests that may wait at a replica; 0: any number")] = 0,
-    trace: Annotated[Path | None, typer.Option(help="Mooncake JSONL file, for `--workload mooncake`")] = None,
+    cpu_tokens: Annotated[int, typer.Option(help="CPU tier of each replica, in tokens; 0: none", min=0)] = 0,
+    max_waiting: Annotated[int, typer.Option(help="requests that may wait at a replica; 0: any number", min=0)] = 0,
+    kv_tokens: Annotated[int, typer.Option(help="GPU memory of each replica for KV; 0: the workload's", min=0)] = 0,
+    traces: Annotated[Path, typer.Option(help="folder of the trace files")] = TRACES,
+    part: Annotated[Part, typer.Option(help="which part of a trace to replay")] = Part.REPORTING,
     quick: Annotated[bool, typer.Option(help="one seed, few rates, three workloads")] = False,
     output: Annotated[Path, typer.Option(help="JSON; plots go to `plots` beside it")] = ROOT
     / "benchmarks/results/fleet.json",
@@ -150,14 +184,15 @@ def main(
     merge: Annotated[bool, typer.Option(help="keep the other workloads that the output file has")] = False,
 ) -> None:
     """Run policies on workloads and compare them."""
-    if trace is not None:
-        use_trace(trace)
     known = [s.name for s in SCENARIOS]
     if workload == "all":
-        workload = QUICK_WORKLOADS if quick else ",".join(name for name in known if name != "mooncake" or trace)
+        workload = QUICK_WORKLOADS if quick else ",".join(known)
     workloads = names(workload, known, "workload")
     chosen = names(policies, list(POLICIES), "policy")
-    wanted = tuple(float(rate) for rate in rates.split(",") if rate) or None
+    wanted = positive_rates(rates)
+    source = TraceSource(traces, part)
+    for name in workloads:
+        check(name, wanted, source)
     base = SimulationConfig(routers=routers, event_delay_s=event_delay, report_interval_s=report_interval)
     parameters: dict[str, Any] = {
         "seeds": 1 if quick else seeds,
@@ -166,8 +201,10 @@ def main(
         "report_interval_s": report_interval,
         "routers": routers,
         "ttft_slo_s": ttft_slo,
+        "kv_tokens": kv_tokens,
         "cpu_tokens": cpu_tokens,
         "max_waiting": max_waiting,
+        "part": part.value,
         "python": platform.python_version(),
     }
     report = {"parameters": parameters, "workloads": kept_workloads(output, parameters) if merge else {}}
@@ -179,7 +216,8 @@ def main(
             wanted or (QUICK_RATES.get(name) if quick else None),
             base,
             ttft_slo,
-            trace,
+            source,
+            kv_tokens,
             cpu_tokens,
             max_waiting,
         )
@@ -222,4 +260,4 @@ def main(
 
 
 if __name__ == "__main__":
-    typer.run(main)
+    app()

@@ -25,8 +25,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from benchmarks.fleet.engine import ReplicaConfig, Timing
+from benchmarks.fleet.mooncake import TRACE_BLOCK_TOKENS, MooncakeTrace
 from benchmarks.fleet.requests import BLOCK_SIZE_TOKENS
-from benchmarks.fleet.sessions import TRACE_BLOCK_TOKENS, MooncakeTrace
 from benchmarks.fleet.simulate import SimulationConfig, simulate
 
 PREFILL_S, DECODE_S = 0.06, 0.01

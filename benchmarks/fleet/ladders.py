@@ -11,6 +11,7 @@ import random
 from collections.abc import Callable, Iterable, Iterator, Sequence
 
 from benchmarks.fleet.requests import Record, Request
+from benchmarks.fleet.traces import TraceSource
 from benchmarks.fleet.workloads import NEVER_S, Builder, Keys, Stage, Workload, arrivals, wanted_stages, zipf_weights
 from serve_app.types import BlockKey
 
@@ -133,6 +134,6 @@ def no_reuse(seed: int, stages: Sequence[Stage], prompt_tokens: int, output_toke
 
 def with_rates(
     make: Callable[[int, Sequence[Stage]], Workload], stages: Sequence[Stage]
-) -> Callable[[int, Sequence[float] | None], Workload]:
+) -> Callable[[int, Sequence[float] | None, TraceSource], Workload]:
     """Scenario.make of a ladder."""
-    return lambda seed, rates: make(seed, wanted_stages(stages, rates))
+    return lambda seed, rates, _traces: make(seed, wanted_stages(stages, rates))

@@ -1,8 +1,8 @@
 """How a router chooses a replica: the protocol, and the baselines that look at load or session only.
 
-In: requests, and what one router gets to know: cache events, load reports, its own requests' progress. Out: a replica.
-Those that care for what is cached are in policies_cache.py, policies_ray.py and policies_dynamo.py; registry.py knows
-all of them by name. Each router of a run has its own policy object.
+In: requests, and what one router gets to know: cache events, load reports, its own requests' progress. Out: a
+replica. Those of other projects are in policies_<name>.py, one file each; registry.py knows all of them by name.
+Each router of a run has its own policy object.
 """
 
 from __future__ import annotations
@@ -35,8 +35,11 @@ class RoutingPolicy(Protocol):
     wants_events: bool  # cache events cost time; who does not look at them does not get them
     outbox: list[Any]  # messages to the other routers' `on_peer`, which get them an event delay later
 
-    def route(self, request: Request, now_s: float, view: FleetView) -> int:
-        """One of `view.candidates()`. Called again with fewer of them if that one refuses."""
+    def route(self, request: Request, now_s: float, view: FleetView) -> int | None:
+        """One of `view.candidates()`; None: the request waits at the router, and this is asked again a little later.
+
+        Called again with fewer candidates if that one refuses.
+        """
         ...
 
     def on_stored(self, replica: int, keys: BlockKeys, now_s: float, tier: Tier = GPU) -> None: ...
@@ -57,7 +60,7 @@ class Policy:
         self.rng = rng
         self.outbox: list[Any] = []
 
-    def route(self, request: Request, now_s: float, view: FleetView) -> int:
+    def route(self, request: Request, now_s: float, view: FleetView) -> int | None:
         raise NotImplementedError
 
     def on_stored(self, replica: int, keys: BlockKeys, now_s: float, tier: Tier = GPU) -> None:

@@ -7,12 +7,14 @@ lengths. The others are ours, and sized so that the prompts do not fit into one 
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from pathlib import Path
+from collections.abc import Callable, Mapping, Sequence
 
+from benchmarks.fleet.agents import AgentSessions
 from benchmarks.fleet.engine import ReplicaConfig
 from benchmarks.fleet.ladders import no_reuse, shared_prefix, with_rates, zipf
-from benchmarks.fleet.sessions import AGENTS, CHAT, Conversations, MooncakeTrace
+from benchmarks.fleet.mooncake import MooncakeTrace
+from benchmarks.fleet.sessions import AGENTS, CHAT, Conversations
+from benchmarks.fleet.traces import CONVERSATION_FILE, SYNTHETIC_FILE, TraceSource, read_sessions
 from benchmarks.fleet.workloads import Scenario, Stage, Workload
 
 
@@ -36,14 +38,26 @@ NO_REUSE = ladder((20, 15), {20: 60, 35: 60, 45: 60})
 
 CHAT_RATES = ladder((3, 60), {2: 90, 4: 90, 6: 90})
 AGENT_RATES = ladder((1, 60), {1: 90, 2: 90, 3: 90})
-_trace: list[Path] = []
+AGENT_USERS = 48  # sessions at a time
+TRACE_REPLICA = ReplicaConfig(kv_tokens=461_376, block_size_tokens=64)  # block size as in llm-d's guide
 
 
-def _mooncake(seed: int, rates: Sequence[float] | None) -> Workload:
-    """`rates` are speed-ups: of several the first is used. The seed changes only what routers do at random."""
-    if not _trace:
-        raise ValueError("workload mooncake needs --trace FILE")
-    return MooncakeTrace(_trace[-1], speedup=rates[0] if rates else 1.0)
+def _one_rate(rates: Sequence[float] | None, usual: float) -> float:
+    if rates and len(rates) > 1:
+        raise ValueError("a trace is replayed at one rate; give one")
+    return rates[0] if rates else usual
+
+
+def _agent_sessions(seed: int, rates: Sequence[float] | None, traces: TraceSource) -> Workload:
+    """The rate is the number of sessions at a time."""
+    return AgentSessions(read_sessions(traces), seed, round(_one_rate(rates, AGENT_USERS)))
+
+
+def _mooncake(file: str, usual_speedup: float) -> Callable[[int, Sequence[float] | None, TraceSource], Workload]:
+    """The rate is a speed-up. The seed changes only what routers do at random."""
+    return lambda _seed, rates, traces: MooncakeTrace(
+        traces.folder / file, _one_rate(rates, usual_speedup), traces.part, TRACE_REPLICA.block_size_tokens
+    )
 
 
 SCENARIOS: Sequence[Scenario] = (
@@ -98,7 +112,27 @@ SCENARIOS: Sequence[Scenario] = (
         ReplicaConfig(kv_tokens=307_328),
         with_rates(lambda seed, stages: Conversations(seed, stages, AGENTS), AGENT_RATES),
     ),
-    Scenario("mooncake", "Mooncake trace from a file, 8 replicas", 8, ReplicaConfig(kv_tokens=307_328), _mooncake),
+    Scenario(
+        "agents-claude-code",
+        "48 coding-agent sessions at a time from a public trace, closed loop, 8 replicas",
+        8,
+        TRACE_REPLICA,
+        _agent_sessions,
+    ),
+    Scenario(
+        "mooncake-conversation",
+        "Mooncake's conversation trace, four times as fast, 8 replicas",
+        8,
+        TRACE_REPLICA,
+        _mooncake(CONVERSATION_FILE, 4.0),
+    ),
+    Scenario(
+        "mooncake-synthetic",
+        "Mooncake's synthetic trace, twice as fast, 8 replicas",
+        8,
+        TRACE_REPLICA,
+        _mooncake(SYNTHETIC_FILE, 2.0),
+    ),
 )
 
 
@@ -107,8 +141,3 @@ def scenario(name: str) -> Scenario:
         if candidate.name == name:
             return candidate
     raise KeyError(f"no workload {name!r}; there are {', '.join(s.name for s in SCENARIOS)}")
-
-
-def use_trace(path: Path) -> None:
-    """Replay this file in the workload `mooncake`."""
-    _trace.append(path)

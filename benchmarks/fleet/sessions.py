@@ -1,31 +1,16 @@
 """Conversations: each request's prompt begins with the one before and its answer, and comes after that answer.
 
-Out: workloads of chat and of agents in tool loops, and replay of Mooncake traces.
+Out: workloads of chat and of agents in tool loops.
 """
 
 from __future__ import annotations
 
-import json
 import random
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
-
-import numpy as np
 
 from benchmarks.fleet.requests import BLOCK_SIZE_TOKENS, Record, Request
-from benchmarks.fleet.workloads import (
-    NEVER_S,
-    Builder,
-    Keys,
-    Stage,
-    arrivals,
-    numbered_keys,
-    zipf_weights,
-)
-from serve_app.types import BlockKey
-
-TRACE_BLOCK_TOKENS = 512  # Mooncake's block
+from benchmarks.fleet.workloads import Builder, Keys, Stage, arrivals, zipf_weights
 
 
 @dataclass(frozen=True, slots=True)
@@ -124,56 +109,3 @@ AGENTS = Talk(
     think_s=1.5,
     min_think_s=0.2,
 )
-
-
-class MooncakeTrace:
-    """Workload: JSONL lines {"timestamp": ms, "input_length", "output_length", "hash_ids": one for each 512 tokens}.
-
-    Equal ids mean equal prefixes, so each stands for 32 blocks of 16 tokens. The last id may cover fewer than 512
-    tokens; the blocks inside it are taken as equal too where the id is equal. Sessions are not in the trace: the first
-    id stands for one.
-
-    Args:
-        speedup: timestamps are divided by it.
-        limit: lines to read; None: all.
-    """
-
-    def __init__(self, path: Path, speedup: float = 1.0, limit: int | None = None) -> None:
-        self.stages = [Stage(speedup, 0.0)]
-        self.min_think_s = NEVER_S
-        self._path = path
-        self._speedup = speedup
-        self._limit = limit
-
-    def initial(self) -> Iterator[Request]:
-        blocks_of: dict[int, tuple[BlockKey, ...]] = {}
-        per_id = TRACE_BLOCK_TOKENS // BLOCK_SIZE_TOKENS
-        highest = 1 << 40  # numbers of answers' blocks begin here
-        with self._path.open() as lines:
-            for number, line in enumerate(lines):
-                if number == self._limit:
-                    return
-                row = json.loads(line)
-                prompt: list[BlockKey] = []
-                for trace_id in row["hash_ids"]:
-                    if trace_id not in blocks_of:
-                        first = trace_id * per_id + 1
-                        blocks_of[trace_id] = numbered_keys(np.arange(first, first + per_id, dtype=np.uint64))
-                    prompt += blocks_of[trace_id]
-                tokens, output = max(row["input_length"], 1), max(row["output_length"], 1)
-                prompt_keys = tuple(prompt[: tokens // BLOCK_SIZE_TOKENS])
-                answers = (tokens + output - 1) // BLOCK_SIZE_TOKENS - len(prompt_keys)
-                yield Request(
-                    number,
-                    row["timestamp"] / 1e3 / self._speedup,
-                    prompt_keys,
-                    b"".join(prompt_keys),
-                    numbered_keys(np.arange(highest, highest + answers, dtype=np.uint64)),
-                    tokens,
-                    output,
-                    row["hash_ids"][0] if row["hash_ids"] else number,
-                )
-                highest += answers
-
-    def after(self, record: Record) -> Iterable[Request]:
-        return ()

@@ -26,7 +26,8 @@ from benchmarks.fleet.requests import FleetView, LoadReport, Record, Request
 from benchmarks.fleet.workloads import Workload
 from serve_app.types import BlockKey
 
-RETRY_S = 0.05  # a request that every replica refuses is tried again after this
+HEARTBEAT_S = 1.0  # a replica reports this often, even if nothing has changed
+RETRY_S = 0.05  # a request that every replica refuses, or that waits at the router, is tried again after this
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,7 +36,7 @@ class SimulationConfig:
     replica: ReplicaConfig = field(default_factory=ReplicaConfig)
     routers: int = 1  # each with its own view; a request goes to one of them at random
     event_delay_s: float = 0.01  # from the end of the engine's step to the routers' index
-    report_interval_s: float = 0.1  # every replica reports its load this often; 0: the view is always exact
+    report_interval_s: float = 0.1  # a replica reports its load this often, if it has changed; 0: the view is exact
     report_delay_s: float = 0.01
     sees_progress: bool = True  # a router learns when its own requests get a first token and end
     seed: int = 0
@@ -69,10 +70,12 @@ class _Router:
         self.policy.on_load_report(replica, report, now_s)
 
     def route(self, record: Record, now_s: float, fleet: list[Replica]) -> bool:
-        """Send the request to a replica that takes it. Returns False if none does."""
+        """Send the request to a replica that takes it. Returns False if none does, or if it must wait."""
         self.view.closed.clear()
         while len(self.view.closed) < len(fleet):
             chosen = self.policy.route(record.request, now_s, self.view)
+            if chosen is None:
+                return False
             if fleet[chosen].submit(record, now_s):
                 record.replica = chosen
                 record.routed_s = now_s
@@ -122,6 +125,10 @@ class Simulation:
         ]
         self._rng = rng
         self._in_flight = [0] * config.replicas  # as it is
+        self._reported: list[tuple[int, int] | None] = [
+            None
+        ] * config.replicas  # steps and requests, by the last report
+        self._reported_at_s = [0.0] * config.replicas
         self._wants_events = any(router.policy.wants_events for router in self.routers)
         self._unseen: list[deque[LogEntry]] = [deque() for _ in self.replicas]  # cache events on their way
         self._mail: deque[tuple[float, int, Any]] = deque()  # on its way between routers: time sent, sender, message
@@ -133,7 +140,7 @@ class Simulation:
     def run(self) -> Run:
         config, queue = self.config, self._queue
         next_report_s = config.report_interval_s or float("inf")
-        reports: deque[tuple[float, list[LoadReport]]] = deque()  # on their way, with time of arrival
+        reports: deque[tuple[float, dict[int, LoadReport]]] = deque()  # on their way, with time of arrival
         self._next_initial()
         open_requests = 0
         while queue or open_requests:
@@ -153,11 +160,12 @@ class Simulation:
                 continue
             self.now_s = until_s
             if reports and reports[0][0] <= until_s:
-                for replica, report in enumerate(reports.popleft()[1]):
+                for replica, report in reports.popleft()[1].items():
                     for router in self.routers:
                         router.report(replica, report, until_s)
             if until_s >= next_report_s:
-                reports.append((until_s + config.report_delay_s, self._reports(until_s)))
+                if changed := self._changed_reports(until_s):
+                    reports.append((until_s + config.report_delay_s, changed))
                 next_report_s += config.report_interval_s
         return Run(self.records, self.replicas, self.now_s, self.decisions)
 
@@ -180,8 +188,9 @@ class Simulation:
             self._deliver_events()
         router = self.routers[record.router]
         if self.config.report_interval_s == 0:
-            for replica, report in enumerate(self._reports(self.now_s)):
-                router.report(replica, report, self.now_s)
+            for replica in self.replicas:
+                report = replica.report(self.now_s, self._in_flight[replica.index])
+                router.report(replica.index, report, self.now_s)
         self.decisions += 1
         accepted = router.route(record, self.now_s, self.replicas)
         self._collect(record.router)
@@ -236,8 +245,16 @@ class Simulation:
             self._mail += [(self.now_s, router, message) for message in outbox]
             outbox.clear()
 
-    def _reports(self, now_s: float) -> list[LoadReport]:
-        return [replica.report(now_s, self._in_flight[replica.index]) for replica in self.replicas]
+    def _changed_reports(self, now_s: float) -> dict[int, LoadReport]:
+        """What the replicas have to say. One that has done nothing since its last report is silent for a second."""
+        reports = {}
+        for replica in self.replicas:
+            index = replica.index
+            state = replica.steps, self._in_flight[index]
+            if state != self._reported[index] or now_s - self._reported_at_s[index] >= HEARTBEAT_S:
+                self._reported[index], self._reported_at_s[index] = state, now_s
+                reports[index] = replica.report(now_s, self._in_flight[index])
+        return reports
 
     def _next_initial(self) -> None:
         """Put the next request that depends on no answer into the queue. One at a time: there may be many."""

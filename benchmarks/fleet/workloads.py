@@ -17,6 +17,7 @@ import numpy.typing as npt
 
 from benchmarks.fleet.engine import ReplicaConfig
 from benchmarks.fleet.requests import BLOCK_SIZE_TOKENS, Record, Request
+from benchmarks.fleet.traces import TraceSource
 from serve_app.blocks import split_keys
 from serve_app.types import BlockKey
 
@@ -58,7 +59,7 @@ class Scenario:
     what: str
     replicas: int
     replica: ReplicaConfig
-    make: Callable[[int, Sequence[float] | None], Workload]  # seed, rates to run besides the warm-up (None: all)
+    make: Callable[[int, Sequence[float] | None, TraceSource], Workload]  # seed, rates (None: all), where traces are
 
 
 class Keys:
@@ -123,7 +124,17 @@ def arrivals(rng: random.Random, stage: Stage, start_s: float, poisson: bool) ->
 
 
 def wanted_stages(stages: Sequence[Stage], rates: Sequence[float] | None) -> list[Stage]:
-    """Warm-up, and the stages with these rates."""
+    """Warm-up, and the stages with these rates.
+
+    Raises:
+        ValueError: there is no such step.
+    """
+    known = [stage.rate_per_s for stage in stages if not stage.warm_up]
+    for rate in rates or ():
+        if rate not in known:
+            raise ValueError(
+                f"no step of {rate:g}/s; the steps are {', '.join(f'{known_rate:g}' for known_rate in known)}"
+            )
     return [stage for stage in stages if stage.warm_up or rates is None or stage.rate_per_s in rates]
 
 

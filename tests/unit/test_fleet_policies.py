@@ -72,7 +72,7 @@ def test_dynamo_cost_by_hand() -> None:
         policy.on_stored(replica, b"".join(request.prompt_keys[:held]), 0.0)
         running = builder.request(0.0, (), decoding * 16, 5, 0)
         policy._active[replica].add(running, 16, 100)
-        policy._active[replica].prefilled(running)
+        policy._active[replica].prefill.done(running)
     assert policy.route(request, 0.0, view(0, 0, 0)) == 1
 
 
@@ -83,11 +83,11 @@ def test_dynamo_active_requests_come_back_to_nothing() -> None:
     active.add(first, 16, 100)
     assert active.new_blocks(second.prompt_keys) == 12 - 6
     active.add(second, 16, 104)
-    assert (len(active.blocks), active.partial_blocks, active.prefill_total) == (12, 2, 204)
-    active.prefilled(second)
+    assert (len(active.blocks), active.partial_blocks, active.prefill.total) == (12, 2, 204)
+    active.prefill.done(second)
     active.remove(first, 16)
     active.remove(second, 16)
-    assert (len(active.blocks), active.partial_blocks, active.prefill_total) == (0, 0, 0)
+    assert (len(active.blocks), active.partial_blocks, active.prefill.total) == (0, 0, 0)
 
 
 def test_ray_policy() -> None:

@@ -13,12 +13,14 @@ import pytest
 from benchmarks.fleet.engine import ReplicaConfig
 from benchmarks.fleet.ladders import Ladder, shared_prefix
 from benchmarks.fleet.metrics import mean_of_seeds, summarise
+from benchmarks.fleet.mooncake import MooncakeTrace
 from benchmarks.fleet.policies import FleetInfo, Policy
 from benchmarks.fleet.registry import POLICIES
 from benchmarks.fleet.requests import FleetView, LoadReport, Record, Request
 from benchmarks.fleet.scenarios import SCENARIOS, scenario
-from benchmarks.fleet.sessions import Conversations, MooncakeTrace, Talk
+from benchmarks.fleet.sessions import Conversations, Talk
 from benchmarks.fleet.simulate import Simulation, SimulationConfig, simulate
+from benchmarks.fleet.traces import TraceSource
 from benchmarks.fleet.workloads import Builder, Keys, Stage
 from serve_app.types import GPU, BlockKeys, Tier
 
@@ -187,7 +189,7 @@ def test_summary_by_hand() -> None:
 
 def test_llmd_ladder_is_the_published_one() -> None:
     chosen = scenario("llmd-73")
-    workload = chosen.make(1, None)
+    workload = chosen.make(1, None, TraceSource())
     assert [stage.rate_per_s for stage in workload.stages] == [
         *(15, 3, 10, 15, 20, 22, 25, 30, 35),
         *(40, 43, 46, 49, 52, 55, 57, 60),
