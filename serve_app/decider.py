@@ -33,9 +33,9 @@ from serve_app.prompts.prefix_store import PrefixStore
 from serve_app.prompts.service import PromptService, Tokenize
 from serve_app.routing.choice import Choice, Cost, Outcome, Policy
 from serve_app.routing.chooser import Chooser, Sent
-from serve_app.routing.desk import Desk
+from serve_app.routing.desk import Desk, Standing
 from serve_app.routing.ranks import Ranks
-from serve_app.routing.receipts import last_expected, receipt
+from serve_app.routing.receipts import Receipt, last_expected, receipt
 from serve_app.supervision import Backoff, ErrorLog, LoopGuard
 from serve_app.types import BlockKeys, Found, ModelId, PodId, Progress, Served, Tier, request_tag, short_id
 
@@ -193,6 +193,23 @@ class Decider:
         now_s = time.monotonic()
         choice = self.chooser.choose(pods, found, now_s, why=found.incomplete)
         return choice, choice.loads or self.chooser.in_flight.counts(pods, now_s)
+
+    def standing(self, pods: Sequence[PodId]) -> Mapping[PodId, Standing]:
+        """What each pod has to do, as a decision would see it now."""
+        self._catch_up(pods)
+        return self._desk.standing(pods, time.monotonic()) if self._desk is not None else {}
+
+    def open_receipts(self, count: int) -> list[Receipt]:
+        """Of the last decisions whose requests no engine has told of, newest first."""
+        return self._desk.receipts.latest(count) if self._desk is not None else []
+
+    def loops(self) -> dict[str, str]:
+        """What runs in the background -> why it does not go well; empty: it does."""
+        has_ended = any(task.done() for task in self._background)
+        loops = {"router": "its background task has ended" if has_ended else ""}
+        if self._log is not None:
+            loops["receipts and routes"] = self._log.fault
+        return loops
 
     def told(self, request_id: str, pod: PodId, served: Served | None = None, *, ended: bool) -> None:
         """Who asked for a decision with a lease says what has become of it: its first token is there, or it has ended.

@@ -15,7 +15,7 @@ import threading
 import time
 from collections import Counter, deque
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import redis
 
@@ -76,6 +76,11 @@ class RouterLog:
         if self._thread.is_alive():
             self._thread.join(timeout=2 * ANNOUNCE_S)
         self._redis.close()
+
+    @property
+    def fault(self) -> str:
+        """Why nothing is written now; empty: it is."""
+        return self._faults.now if self._thread.is_alive() else "the thread that writes has ended"
 
     def routed(self, route: Routed) -> None:
         """Tell the other routers, if there are any."""
@@ -189,23 +194,33 @@ class _Others:
         return [name for name, (_, since_s) in self._known.items() if time.monotonic() - since_s >= 2 * GONE_S]
 
 
-def read_receipts(client: redis.Redis, model: ModelId, count: int) -> list[bytes]:
+class Kept(NamedTuple):
+    """A receipt in Redis."""
+
+    id: str  # of the stream's entry
+    receipt: bytes
+
+
+def read_receipts(client: redis.Redis, model: ModelId, count: int, after: str = "") -> list[Kept]:
     """The last receipts, newest first.
+
+    Args:
+        after: only those that came after the one of this id.
 
     Raises:
         StoreError: Redis did not answer.
     """
     try:
-        entries: Any = client.xrevrange(Keyspace(model).receipts, count=count)
+        entries: Any = client.xrevrange(Keyspace(model).receipts, min=f"({after}" if after else "-", count=count)
     except (redis.RedisError, OSError) as error:
         leave_server(client, error)
         raise StoreError(str(error)) from error
-    return [fields[LOG_FIELD] for _, fields in entries]
+    return [Kept(entry_id.decode(), fields[LOG_FIELD]) for entry_id, fields in entries]
 
 
-async def recent_receipts(client: redis.Redis, model: ModelId, count: int) -> list[bytes]:
+async def recent_receipts(client: redis.Redis, model: ModelId, count: int, after: str = "") -> list[Kept]:
     """The same, off the event loop; none while Redis is away."""
     try:
-        return await asyncio.to_thread(read_receipts, client, model, count)
+        return await asyncio.to_thread(read_receipts, client, model, count, after)
     except StoreError:
         return []

@@ -11,6 +11,7 @@ import logging
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from typing import NamedTuple
 
 from serve_app.index.mirror import Mirror
 from serve_app.routing.chooser import Chooser
@@ -19,6 +20,14 @@ from serve_app.routing.receipts import Receipt, Receipts
 from serve_app.types import Epoch, PodId, Served
 
 logger = logging.getLogger(__name__)
+
+
+class Standing(NamedTuple):
+    """What a pod has to do."""
+
+    in_flight: int  # requests
+    waiting: int  # of these, without their first token
+    queued_tokens: int  # prefill that is not done
 
 
 class Desk:
@@ -60,6 +69,12 @@ class Desk:
             if load is not None:
                 self.chooser.loaded(pod, load)
         return complete
+
+    def standing(self, pods: Sequence[PodId], now_s: float) -> dict[PodId, Standing]:
+        """What each pod has to do, as a decision would see it."""
+        in_flight = self.chooser.in_flight.counts(pods, now_s)
+        waiting, queued = self.chooser.ledger.waiting(pods), self.chooser.ledger.queued(pods)
+        return {pod: Standing(in_flight[pod], waiting[pod], round(queued[pod])) for pod in pods}
 
     def _served(self, pod: PodId, served: Sequence[Served]) -> list[Receipt]:
         self.chooser.served(pod, served)

@@ -12,8 +12,9 @@ from __future__ import annotations
 import heapq
 from collections import OrderedDict
 from collections.abc import Mapping
+from itertools import islice
 from operator import itemgetter
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import msgspec
 
@@ -24,6 +25,10 @@ from serve_app.types import BlockKeys, Found, PodId, Served
 
 OPEN_MAX = 4096
 SHOWN_MAX = 16  # replicas in a receipt, and half as many more
+MARKS_MAX = 16  # of a prompt's blocks: 1, 2, 4, ... 32,768
+TAIL_BLOCKS = 32
+
+_MARKS = tuple(slice((depth - 1) * KEY_BYTES, depth * KEY_BYTES) for depth in (1 << i for i in range(MARKS_MAX)))
 
 
 # `gc=False`: none of these can be in a cycle, and a collection that looks at thousands of receipts holds the router.
@@ -65,6 +70,8 @@ class Receipt(msgspec.Struct, frozen=True, omit_defaults=True, gc=False):
     others: int = 0  # replicas that are not among these
     refused_by: str = ""  # the first choice, if it did not take the request
     actual: Actual | None = None  # None: not known yet, or never told
+    marks: BlockKeys = b""  # keys of the prompt's blocks 1, 2, 4, ...: which beginnings requests have in common
+    tail: BlockKeys = b""  # of its last `TAIL_BLOCKS`: which request it goes on from
 
 
 def receipt(
@@ -75,6 +82,7 @@ def receipt(
     if found is None:
         return Receipt(*head)
     shown = _shown(choice)
+    keys = found.prompts[0].keys if len(found.prompts) == 1 else b""
     return Receipt(
         *head,
         prompt_tokens=found.prompt_tokens,
@@ -93,7 +101,15 @@ def receipt(
             for candidate in shown
         },
         others=len(choice.ranked) - len(shown),
+        marks=b"".join([keys[mark] for mark in _MARKS[: (len(keys) // KEY_BYTES).bit_length()]]),
+        tail=keys[-TAIL_BLOCKS * KEY_BYTES :],
     )
+
+
+def shown(encoded: bytes) -> dict[str, Any]:
+    """A receipt as people read it: without block keys."""
+    known: dict[str, Any] = msgspec.json.decode(encoded, type=dict[str, Any])
+    return {name: value for name, value in known.items() if name not in ("marks", "tail")}
 
 
 def _shown(choice: Choice) -> list[PodId]:
@@ -153,6 +169,10 @@ class Receipts:
         if (known := self._open.get(request_id)) is not None:
             before = known.receipt
             self._open[request_id] = Open(msgspec.structs.replace(before, chosen=str(pod), refused_by=before.chosen))
+
+    def latest(self, count: int) -> list[Receipt]:
+        """Those that no engine has told of, newest first."""
+        return [known.receipt for known in islice(reversed(self._open.values()), count)]
 
     def close(self, pod: PodId, served: Served) -> Open | None:
         """The receipt of a request that `pod` has served, completed; None if it was not routed here."""
