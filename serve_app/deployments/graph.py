@@ -16,6 +16,7 @@ from serve_app.deployments.ray_host import RayInstruments
 from serve_app.errors import PromptError, StoreError
 from serve_app.index.connection import connect
 from serve_app.index.description import ages_s, describe
+from serve_app.index.holdings import HoldingsReader
 from serve_app.index.keyspace import Keyspace
 from serve_app.index.mirror import Mirror
 from serve_app.index.router_log import Kept, recent_receipts
@@ -77,7 +78,7 @@ class BlockIndex:
         self._model = ModelId(args.model)
         self._desk = Desk(self._mirror, Chooser(self._mirror.held, weights=args.cost.weights()))
         self._redis = connect(redis_url, name="kvcache-receipts", slot_of=Keyspace(self._model).receipts)
-        self._fleet = FleetView(self._model, self._mirror, self._redis, self._standing)
+        self._fleet = FleetView(self._mirror, HoldingsReader(self._redis, self._model), self._standing)
         self._metrics = IndexMetrics(self._mirror, RayInstruments(args.model))
 
     async def spec(self) -> EngineSpec | None:

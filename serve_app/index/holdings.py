@@ -25,11 +25,16 @@ class Holdings(NamedTuple):
     error: str = ""  # why nothing is known, and what to do
 
 
-async def read_holdings(
-    client: redis.Redis, model: ModelId, domains: Sequence[Domain], tiers: Sequence[Tier]
-) -> Holdings:
-    """Off the event loop. Never fails: `error` says why nothing is known."""
-    return await asyncio.to_thread(_read, client, Keyspace(model), domains, tiers)
+class HoldingsReader:
+    """Args: client: of the Redis that has the model's keys."""
+
+    def __init__(self, client: redis.Redis, model: ModelId) -> None:
+        self._redis = client
+        self._keys = Keyspace(model)
+
+    async def read(self, domains: Sequence[Domain], tiers: Sequence[Tier]) -> Holdings:
+        """Off the event loop. Never fails: `error` says why nothing is known."""
+        return await asyncio.to_thread(_read, self._redis, self._keys, domains, tiers)
 
 
 def _read(client: redis.Redis, keys: Keyspace, domains: Sequence[Domain], tiers: Sequence[Tier]) -> Holdings:

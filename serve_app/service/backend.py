@@ -9,6 +9,7 @@ from serve_app.decider import Asked, Decider, Decision
 from serve_app.errors import IndexUnavailable
 from serve_app.index.connection import connect
 from serve_app.index.description import ages_s, describe
+from serve_app.index.holdings import HoldingsReader
 from serve_app.index.keyspace import Keyspace
 from serve_app.index.router_log import Kept, recent_receipts
 from serve_app.indexer import Body
@@ -114,7 +115,9 @@ class LocalBackend:
     async def fleet(self) -> Fleet:
         if self._fleet is None:
             decider = self.decider
-            self._fleet = FleetView(self.model, decider.followed(), self._redis, decider.standing, decider.loops)
+            self._fleet = FleetView(
+                decider.followed(), HoldingsReader(self._redis, self.model), decider.standing, decider.loops
+            )
         return await self._fleet.look()
 
     async def holders(self, keys: BlockKeys) -> list[list[PodId]]:

@@ -9,15 +9,13 @@ import asyncio
 import time
 from collections.abc import Callable, Mapping, Sequence
 
-import redis
-
 from serve_app.index.description import ages_s
-from serve_app.index.holdings import Holdings, read_holdings
+from serve_app.index.holdings import Holdings, HoldingsReader
 from serve_app.index.keyspace import HeartbeatRecord
 from serve_app.index.mirror import Mirror
 from serve_app.routing.desk import Standing
 from serve_app.service import views
-from serve_app.types import Domain, ModelId, PodId, Trust
+from serve_app.types import Domain, PodId, Trust
 
 REPLICAS_MAX = 256
 LOOK_S = 1.0
@@ -30,22 +28,20 @@ class FleetView:
     """Used on one event loop.
 
     Args:
-        client: of the Redis that the mirror follows.
+        holdings: of the Redis that the mirror follows.
         standing: what each of these pods has to do.
         loops: what else runs in this process -> what is wrong with it.
     """
 
     def __init__(
         self,
-        model: ModelId,
         mirror: Mirror,
-        client: redis.Redis,
+        holdings: HoldingsReader,
         standing: Callable[[Sequence[PodId]], Mapping[PodId, Standing]],
         loops: Callable[[], Mapping[str, str]] = dict,
     ) -> None:
-        self._model = model
         self._mirror = mirror
-        self._redis = client
+        self._holdings = holdings
         self._standing = standing
         self._loops = loops
         self._lock = asyncio.Lock()
@@ -66,7 +62,7 @@ class FleetView:
         tiers = [tier for tier in mirror.block_counts() if "/" not in tier]  # those are of further KV cache groups
         pods, left_out = _most_telling(mirror, [one for one in known if one[0].pod is not None])
         stores = [one for one in known if one[0].pod is None][:REPLICAS_MAX]
-        held = await read_holdings(self._redis, self._model, [domain for domain, _, _ in (*pods, *stores)], tiers)
+        held = await self._holdings.read([domain for domain, _, _ in (*pods, *stores)], tiers)
         ages, standing = ages_s(mirror), self._standing(mirror.pods())
         spec = mirror.spec()
         return views.Fleet(

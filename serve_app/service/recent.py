@@ -82,7 +82,7 @@ class Recent:
 
     def after(self, place: tuple[int, int], count: int) -> list[Seen]:
         """The last ones behind `place` in the stream, newest first."""
-        newest = []
+        newest: list[Seen] = []
         for seen in reversed(self._ring):
             if len(newest) == count or place_of(seen.id) <= place:
                 break
