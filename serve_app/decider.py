@@ -35,7 +35,7 @@ from serve_app.routing.choice import Choice, Cost, Outcome, Policy
 from serve_app.routing.chooser import Chooser, Sent
 from serve_app.routing.desk import Desk, Standing
 from serve_app.routing.ranks import Ranks
-from serve_app.routing.receipts import Receipt, last_expected, receipt
+from serve_app.routing.receipts import Open, last_expected, receipt, trail
 from serve_app.supervision import Backoff, ErrorLog, LoopGuard
 from serve_app.types import BlockKeys, Found, ModelId, PodId, Progress, Served, Tier, request_tag, short_id
 
@@ -199,7 +199,7 @@ class Decider:
         self._catch_up(pods)
         return self._desk.standing(pods, time.monotonic()) if self._desk is not None else {}
 
-    def open_receipts(self, count: int) -> list[Receipt]:
+    def open_receipts(self, count: int) -> list[Open]:
         """Of the last decisions whose requests no engine has told of, newest first."""
         return self._desk.receipts.latest(count) if self._desk is not None else []
 
@@ -226,8 +226,8 @@ class Decider:
             self._log.told(pod, progress)
         if served is not None and self._desk is not None and self._log is not None and self._metrics is not None:
             for complete in self._desk.answered(pod, served):
-                self._log.receipt(msgspec.json.encode(complete))
-                self._metrics.served(complete)
+                self._log.receipt(msgspec.json.encode(complete.receipt), *complete.trail)
+                self._metrics.served(complete.receipt)
 
     def least_loaded(self, replicas: Iterable[PodId]) -> PodId:
         """Who gets what makes no tokens: it is nobody's load."""
@@ -355,8 +355,8 @@ class Decider:
         if choice.outcome is not Outcome.BASELINE:
             new = receipt(short_id(asked.request_id), self.id, time.time(), decision_s, pod, choice, found)
             expected = last_expected(found, pod, choice)
-            if (oldest := self._desk.receipts.open(new, expected, again=before is not None)) is not None:
-                self._log.receipt(msgspec.json.encode(oldest))
+            if oldest := self._desk.receipts.open(new, expected, trail(found), again=before is not None):
+                self._log.receipt(msgspec.json.encode(oldest.receipt), *oldest.trail)
 
     def _adapter(self, asked: Asked | None) -> str:
         """The model that the request names, if it is not the base."""
@@ -397,8 +397,8 @@ class Decider:
         if self._desk is None or self._log is None or self._metrics is None:
             return
         for complete in self._desk.catch_up(pods):
-            self._log.receipt(msgspec.json.encode(complete))
-            self._metrics.served(complete)
+            self._log.receipt(msgspec.json.encode(complete.receipt), *complete.trail)
+            self._metrics.served(complete.receipt)
 
     async def _catch_up_when_idle(self) -> None:
         assert self._metrics is not None

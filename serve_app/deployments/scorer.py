@@ -28,7 +28,7 @@ from serve_app.deployments.stages import RemoteIndex, RemotePrompts
 from serve_app.index.router_log import Kept
 from serve_app.indexer import Body, Indexer
 from serve_app.routing.choice import Cost
-from serve_app.routing.receipts import Receipt
+from serve_app.routing.receipts import Open
 from serve_app.scoring import Strategy
 from serve_app.service.http import http_app
 from serve_app.service.refused import Refused
@@ -80,7 +80,7 @@ class GraphBackend:
         kept: Sequence[Kept] = await self._block_index.receipts.remote(count, after)
         return kept
 
-    def open_receipts(self, count: int) -> list[Receipt]:
+    def open_receipts(self, count: int) -> list[Open]:
         """None: decisions are made in the routers' processes, which tell of them when the engine has."""
         return []
 

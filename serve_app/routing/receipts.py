@@ -14,7 +14,7 @@ from collections import OrderedDict
 from collections.abc import Mapping
 from itertools import islice
 from operator import itemgetter
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import msgspec
 
@@ -52,6 +52,16 @@ class Actual(msgspec.Struct, frozen=True, gc=False):
     prefill_s: float
 
 
+class Trail(NamedTuple):
+    """Keys by which requests are seen to belong together. They stay in Redis, beside the receipt: no client gets them."""
+
+    marks: BlockKeys = b""  # of the prompt's blocks 1, 2, 4, ...: which beginnings requests have in common
+    tail: BlockKeys = b""  # of its last `TAIL_BLOCKS`: which request it goes on from
+
+
+NO_TRAIL = Trail()
+
+
 class Receipt(msgspec.Struct, frozen=True, omit_defaults=True, gc=False):
     """JSON as `GET /kvcache/v1/receipts` gives it."""
 
@@ -70,8 +80,6 @@ class Receipt(msgspec.Struct, frozen=True, omit_defaults=True, gc=False):
     others: int = 0  # replicas that are not among these
     refused_by: str = ""  # the first choice, if it did not take the request
     actual: Actual | None = None  # None: not known yet, or never told
-    marks: BlockKeys = b""  # keys of the prompt's blocks 1, 2, 4, ...: which beginnings requests have in common
-    tail: BlockKeys = b""  # of its last `TAIL_BLOCKS`: which request it goes on from
 
 
 def receipt(
@@ -82,7 +90,6 @@ def receipt(
     if found is None:
         return Receipt(*head)
     shown = _shown(choice)
-    keys = found.prompts[0].keys if len(found.prompts) == 1 else b""
     return Receipt(
         *head,
         prompt_tokens=found.prompt_tokens,
@@ -101,15 +108,16 @@ def receipt(
             for candidate in shown
         },
         others=len(choice.ranked) - len(shown),
-        marks=b"".join([keys[mark] for mark in _MARKS[: (len(keys) // KEY_BYTES).bit_length()]]),
-        tail=keys[-TAIL_BLOCKS * KEY_BYTES :],
     )
 
 
-def shown(encoded: bytes) -> dict[str, Any]:
-    """A receipt as people read it: without block keys."""
-    known: dict[str, Any] = msgspec.json.decode(encoded, type=dict[str, Any])
-    return {name: value for name, value in known.items() if name not in ("marks", "tail")}
+def trail(found: Found | None) -> Trail:
+    """Of a request with one prompt."""
+    if found is None or len(found.prompts) != 1:
+        return NO_TRAIL
+    keys = found.prompts[0].keys
+    marks = _MARKS[: (len(keys) // KEY_BYTES).bit_length()]
+    return Trail(b"".join([keys[mark] for mark in marks]), keys[-TAIL_BLOCKS * KEY_BYTES :])
 
 
 def _shown(choice: Choice) -> list[PodId]:
@@ -143,6 +151,7 @@ class Open(NamedTuple):
 
     receipt: Receipt
     expected: BlockKeys = b""  # see `last_expected`: by now the index must know of it
+    trail: Trail = NO_TRAIL
 
 
 class Receipts:
@@ -151,7 +160,9 @@ class Receipts:
     def __init__(self) -> None:
         self._open: OrderedDict[str, Open] = OrderedDict()
 
-    def open(self, new: Receipt, expected: BlockKeys = b"", *, again: bool = False) -> Receipt | None:
+    def open(
+        self, new: Receipt, expected: BlockKeys = b"", trail: Trail = NO_TRAIL, *, again: bool = False
+    ) -> Open | None:
         """Returns the oldest one if it has to go, as it is.
 
         Args:
@@ -161,18 +172,19 @@ class Receipts:
         """
         if not again and self._open.pop(new.request_id, None) is not None:
             return None
-        self._open[new.request_id] = Open(new, expected)
-        return self._open.popitem(last=False)[1].receipt if len(self._open) > OPEN_MAX else None
+        self._open[new.request_id] = Open(new, expected, trail)
+        return self._open.popitem(last=False)[1] if len(self._open) > OPEN_MAX else None
 
     def moved(self, request_id: str, pod: PodId) -> None:
         """The first choice refused the request, and `pod` got it."""
         if (known := self._open.get(request_id)) is not None:
             before = known.receipt
-            self._open[request_id] = Open(msgspec.structs.replace(before, chosen=str(pod), refused_by=before.chosen))
+            moved = msgspec.structs.replace(before, chosen=str(pod), refused_by=before.chosen)
+            self._open[request_id] = Open(moved, trail=known.trail)
 
-    def latest(self, count: int) -> list[Receipt]:
+    def latest(self, count: int) -> list[Open]:
         """Those that no engine has told of, newest first."""
-        return [known.receipt for known in islice(reversed(self._open.values()), count)]
+        return list(islice(reversed(self._open.values()), count))
 
     def close(self, pod: PodId, served: Served) -> Open | None:
         """The receipt of a request that `pod` has served, completed; None if it was not routed here."""

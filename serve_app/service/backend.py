@@ -14,7 +14,7 @@ from serve_app.index.keyspace import Keyspace
 from serve_app.index.router_log import Kept, recent_receipts
 from serve_app.indexer import Body
 from serve_app.routing.choice import Cost
-from serve_app.routing.receipts import Receipt
+from serve_app.routing.receipts import Open
 from serve_app.scoring import Strategy
 from serve_app.service.discovery import Discovery
 from serve_app.service.fleet import FleetView
@@ -53,7 +53,7 @@ class Backend(Protocol):
         """The last ones, or those that came after the one of this id; newest first. None while Redis is away."""
         ...
 
-    def open_receipts(self, count: int) -> list[Receipt]:
+    def open_receipts(self, count: int) -> list[Open]:
         """Decisions of this process that no engine has told of, newest first."""
         ...
 
@@ -109,7 +109,7 @@ class LocalBackend:
     async def receipts(self, count: int, after: str = "") -> Sequence[Kept]:
         return await recent_receipts(self._redis, self.model, count, after)
 
-    def open_receipts(self, count: int) -> list[Receipt]:
+    def open_receipts(self, count: int) -> list[Open]:
         return self.decider.open_receipts(count)
 
     async def fleet(self) -> Fleet:

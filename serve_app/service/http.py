@@ -34,7 +34,6 @@ from starlette.types import ASGIApp
 from serve_app.access import Caller
 from serve_app.index.router_log import RECEIPTS_MAX
 from serve_app.limits import read_body
-from serve_app.routing.receipts import shown
 from serve_app.service.answers import Health
 from serve_app.service.backend import Backend, LocalBackend
 from serve_app.service.live import Live
@@ -153,7 +152,8 @@ class _Endpoints:
         given = request.query_params.get("limit", str(_SHOWN_RECEIPTS))
         if not given.isdecimal() or not 1 <= int(given[:10]) <= RECEIPTS_MAX:
             raise Refused(422, "invalid_field", f"limit must be 1 to {RECEIPTS_MAX}", field="limit")
-        return [shown(kept.receipt) for kept in await self._model(request).receipts(int(given))]
+        kept = await self._model(request).receipts(int(given))
+        return [msgspec.json.decode(one.receipt, type=dict[str, Any]) for one in kept]
 
     async def _overview(self, request: Request) -> Overview:
         return await self._live_of(request).overview()

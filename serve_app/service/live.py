@@ -5,10 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 
-import msgspec
-
 from serve_app.blocks import KEY_BYTES
-from serve_app.routing.receipts import Receipt
 from serve_app.service import views
 from serve_app.service.backend import Backend
 from serve_app.service.recent import HOLDERS_SHOWN, Recent, place_of
@@ -45,11 +42,10 @@ class Live:
         place, count = _place(after), _count(limit)
         await self._recent.catch_up()
         complete = [
-            views.Decision(_without_keys(seen.receipt), seen.conversation, seen.id)
-            for seen in self._recent.after(place, count)
+            views.Decision(seen.receipt, seen.conversation, seen.id) for seen in self._recent.after(place, count)
         ]
         pending = [
-            views.Decision(_without_keys(one), self._recent.conversation(one))
+            views.Decision(one.receipt, self._recent.conversation(one.trail.tail))
             for one in self._backend.open_receipts(OPEN_MAX)
         ]
         return views.Decisions(complete, pending, self._recent.last)
@@ -63,10 +59,6 @@ class Live:
             views.Branch(one.blocks, one.requests, list(map(str, pods[:HOLDERS_SHOWN])), len(pods), one.parent)
             for one, pods in zip(beginnings, holders, strict=True)
         ]
-
-
-def _without_keys(receipt: Receipt) -> Receipt:
-    return msgspec.structs.replace(receipt, marks=b"", tail=b"")
 
 
 def _place(after: str) -> tuple[int, int]:

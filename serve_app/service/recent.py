@@ -25,7 +25,7 @@ import msgspec
 
 from serve_app.blocks import KEY_BYTES
 from serve_app.index.router_log import Kept
-from serve_app.routing.receipts import Receipt
+from serve_app.routing.receipts import MARKS_MAX, TAIL_BLOCKS, Receipt
 from serve_app.service import views
 from serve_app.supervision import ErrorLog
 from serve_app.types import BlockKeys
@@ -43,8 +43,11 @@ Read = Callable[[int, str], Awaitable[Sequence[Kept]]]
 
 
 class Seen(NamedTuple):
+    """A decision that an engine has told of."""
+
     id: str
     receipt: Receipt
+    marks: BlockKeys
     conversation: str
 
 
@@ -72,7 +75,8 @@ class Recent:
                 except (msgspec.DecodeError, UnicodeDecodeError) as error:  # somebody else's, or of a later version
                     self._unread.failed(error)
                     continue
-                self._ring.append(Seen(kept.id, receipt, self._conversations.take(receipt)))
+                own = self._conversations.take(receipt.request_id, kept.tail[-TAIL_BLOCKS * KEY_BYTES :])
+                self._ring.append(Seen(kept.id, receipt, kept.marks[: MARKS_MAX * KEY_BYTES], own))
             self._look_at_s = time.monotonic() + LOOK_S
 
     @property
@@ -89,9 +93,9 @@ class Recent:
             newest.append(seen)
         return newest
 
-    def conversation(self, receipt: Receipt) -> str:
-        """What it goes on from, of one that is not among these yet."""
-        return self._conversations.find(receipt)
+    def conversation(self, tail: BlockKeys) -> str:
+        """What a request goes on from that is not among these yet."""
+        return self._conversations.find(tail)
 
     def traffic(self) -> tuple[views.Traffic, dict[str, views.Traffic]]:
         """Of all, and of each pod."""
@@ -107,7 +111,7 @@ class Recent:
         """The hottest that several prompts have in common, each behind the one that it goes on from."""
         counts: Counter[Path] = Counter()
         for seen in self._ring:
-            counts.update(_paths(seen.receipt.marks))
+            counts.update(_paths(seen.marks))
         return _hottest(counts)
 
 
@@ -131,21 +135,19 @@ class _Conversations:
     def __init__(self) -> None:
         self._by_end: dict[BlockKeys, str] = {}
 
-    def take(self, receipt: Receipt) -> str:
+    def take(self, request_id: str, tail: BlockKeys) -> str:
         """The conversation that it belongs to: that of the request before, or a new one of its own name."""
-        end = receipt.tail[-KEY_BYTES:]
+        end = tail[-KEY_BYTES:]
         if not end:
             return ""
-        before = self.find(receipt)
-        own = before or receipt.request_id
+        own = self.find(tail) or request_id
         known = self._by_end.pop(end, own)
         self._by_end[end] = own if known == own else ""
         if len(self._by_end) > 4 * RING:
             del self._by_end[next(iter(self._by_end))]
         return own
 
-    def find(self, receipt: Receipt) -> str:
-        tail = receipt.tail
+    def find(self, tail: BlockKeys) -> str:
         for start in range(len(tail) - KEY_BYTES, -1, -KEY_BYTES):
             known = self._by_end.get(tail[start : start + KEY_BYTES])
             if known is not None:
