@@ -6,8 +6,8 @@
     kv:{m}:seqs                             hash    domain id -> epoch and number of its last entry in the log
     kv:{m}:log                              stream  one LogRecord per entry, under the field `r`
     kv:{m}:routers                          zset    router id -> seconds since 1970 when it was last there
-    kv:{m}:receipts                         stream  one receipt per entry (JSON), under the field `r`, the last thousand;
-                                                    under `m` and `t` keys of its prompt's blocks (routing/receipts.py)
+    kv:{m}:receipts                         stream  one receipt per entry (JSON), under the field `r`, the last thousand
+                                                    beside it, under `m` and `t`: keys of its prompt's blocks
 
 `{m}` is a hash tag: all keys of a model are in one slot of a Redis Cluster, so transactions work there.
 Records are msgpack arrays; fields are only ever added at the end, with defaults. A change that a reader must not

@@ -53,7 +53,7 @@ class Actual(msgspec.Struct, frozen=True, gc=False):
 
 
 class Trail(NamedTuple):
-    """Keys by which requests are seen to belong together. They stay in Redis, beside the receipt: no client gets them."""
+    """Keys that tell which requests belong together. They are in Redis, beside the receipt; no client gets them."""
 
     marks: BlockKeys = b""  # of the prompt's blocks 1, 2, 4, ...: which beginnings requests have in common
     tail: BlockKeys = b""  # of its last `TAIL_BLOCKS`: which request it goes on from
