@@ -81,7 +81,7 @@ function compared(own, most, rows) {
     const equal = others.filter((row) => Math.abs(row.total - own.total) < 1e-6).length;
     return [`${plural(equal, "other replica")} would cost the same; of equals the one that waited longest gets it.`];
   }
-  if (more < 0) return ["It had the conversation's last request. ", name, ` would save ${time(-more)}, too little to move.`];
+  if (more < 0) return [name, ` looks cheaper by ${time(-more)}: it was full, or `, { pod: own.pod }, " had the conversation's last request."];
   const term = TERMS.reduce((best, one) => (gap(rival, own, one) > gap(rival, own, best) ? one : best), TERMS[0]);
   const holds = rival === most && most.held > own.held ? ` holds ${count(most.held)}, but` : "";
   return [holds ? "" : "Next best: ", name, `${holds} would cost ${time(more)} more, most of it ${term.label}: ${term.text}.`];
