@@ -9,7 +9,7 @@ from serve_app.blocks import KEY_BYTES
 from serve_app.service import views
 from serve_app.service.backend import Backend
 from serve_app.service.recent import HOLDERS_SHOWN, Recent, place_of
-from serve_app.service.refused import Refused
+from serve_app.service.refused import Refused, refusing
 
 SHOWN_MAX = 100  # decisions in an answer
 OPEN_MAX = 20
@@ -24,12 +24,14 @@ class Live:
         self._recent = Recent(backend.receipts)
 
     async def overview(self) -> views.Overview:
+        """Raises:
+        Refused: there is no index, with the reason.
+        """
         await self._recent.catch_up()
         total, by_replica = self._recent.traffic()
-        model = str(self._backend.model)
-        return views.Overview(
-            model, self._models, time.time(), await self._backend.fleet(), total, by_replica, await self._branches()
-        )
+        with refusing():
+            fleet, branches = await self._backend.fleet(), await self._branches()
+        return views.Overview(str(self._backend.model), self._models, time.time(), fleet, total, by_replica, branches)
 
     async def decisions(self, after: str, limit: str) -> views.Decisions:
         """Args, as they stand in the query:
