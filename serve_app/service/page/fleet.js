@@ -18,6 +18,8 @@ export function figures({ fleet, traffic }) {
   const live = replicas.filter((replica) => replica.live);
   const all = live.length + fleet.left_out;
   const exact = live.filter((replica) => replica.trust === "exact").length;
+  const gone = replicas.length - live.length;
+  const trust = exact === live.length ? "all exact" : `${count(exact)} exact`;
   const inFlight = sum(live.map(load));
   const waiting = sum(live.map((replica) => replica.waiting ?? 0));
   const queued = sum(live.map((replica) => replica.queued_tokens ?? 0));
@@ -28,7 +30,7 @@ export function figures({ fleet, traffic }) {
       traffic.prompt_tokens ? `of ${short(traffic.prompt_tokens)} prompt tokens` : "no engine has told yet"),
     figure("Predicted exactly", share(traffic.exact, traffic.compared, 1),
       traffic.compared ? `${meanError < 10 ? meanError.toFixed(1) : count(meanError)} tokens off on average` : "nothing to compare yet"),
-    figure("Replicas", count(all), exact === live.length ? "all exact" : `${count(exact)} exact`),
+    figure("Replicas", count(all), [live.length ? trust : "none is live", gone ? `${count(gone)} gone` : ""].filter(Boolean).join(", ")),
     figure("In flight", count(inFlight), `${count(waiting)} waiting, ${short(queued)} tokens to prefill`),
     figure("Distinct blocks", short(blocks), fleet.block_size ? `of ${count(fleet.block_size)} tokens` : ""),
   ];

@@ -20,6 +20,11 @@ const UNREADABLE = {
   no_index: "the index is not there",
   deadline: "its tokens were not there in time",
   error: "scoring it failed; the log says why",
+  tokenizer_loading: "the model's tokenizer was being loaded",
+  no_tokenizer: "the model's tokenizer cannot be loaded; the log says why",
+  unknown_prompt: "the router's tokenizer or template is not the engine's",
+  no_generation: "it makes no tokens",
+  prepare_busy: "too many large requests were being prepared",
 };
 const PARTLY = {
   tokens_late: "Only its known beginning was scored: the rest was not tokenized in time.",
@@ -53,7 +58,7 @@ export function why(receipt) {
   const lines = [];
   if (receipt.refused_by) lines.push([{ pod: receipt.refused_by }, " was chosen first and did not take it."]);
   if (receipt.outcome === "fallback" || !own) {
-    const reason = UNREADABLE[receipt.reason] ?? receipt.reason.replaceAll("_", " ");
+    const reason = UNREADABLE[receipt.reason] ?? `its prompt cannot be scored (${receipt.reason})`;
     return { head: [pod, " had the least to do"], lines: [...lines, [`The cache was not asked: ${reason}.`]] };
   }
   const most = rows.reduce((best, row) => (row.held > best.held ? row : best), own);
