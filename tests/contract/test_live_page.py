@@ -228,44 +228,42 @@ async def test_what_redis_refuses_is_said(service: Service, kv: AsyncKVCacheClie
     await narrow.close()
 
 
-class TestFiles:
-    @pytest.mark.parametrize("at", ["/", "/kvcache/"])
-    async def test_the_page_and_its_parts_load_nothing_from_elsewhere(self, service: Service, at: str) -> None:
-        async with httpx.AsyncClient(base_url=service.url + at) as client:
-            page = await client.get("")
-            assert page.headers["content-type"].startswith("text/html")
-            policy = page.headers["content-security-policy"]
-            assert "default-src 'none'" in policy
-            assert "unsafe" not in policy
-            parts = [part.split('"')[0] for part in page.text.replace('src="', 'href="').split('href="')[1:]]
-            assert {"page/app.js", "page/page.css", "page/icon.svg"} <= set(parts)
-            for part in parts:
-                if part.startswith("#"):
-                    continue
-                answer = await client.get(part)
-                assert answer.status_code == 200, part
-                assert "://" not in answer.text.replace("http://www.w3.org/2000/svg", ""), part
-                assert answer.headers["x-content-type-options"] == "nosniff"
-            again = await client.get(
-                "page/app.js", headers={"if-none-match": (await client.get("page/app.js")).headers["etag"]}
-            )
-            assert again.status_code == 304
-            assert (await client.get("v1/overview")).status_code == 200
-            assert (await client.get("page/../http.py")).status_code == 404
+@pytest.mark.parametrize("at", ["/", "/kvcache/"])
+async def test_the_page_and_its_parts_load_nothing_from_elsewhere(service: Service, at: str) -> None:
+    async with httpx.AsyncClient(base_url=service.url + at) as client:
+        page = await client.get("")
+        assert page.headers["content-type"].startswith("text/html")
+        policy = page.headers["content-security-policy"]
+        assert "default-src 'none'" in policy
+        assert "unsafe" not in policy
+        parts = [part.split('"')[0] for part in page.text.replace('src="', 'href="').split('href="')[1:]]
+        assert {"page/app.js", "page/page.css", "page/icon.svg"} <= set(parts)
+        for part in parts:
+            if part.startswith("#"):
+                continue
+            answer = await client.get(part)
+            assert answer.status_code == 200, part
+            assert "://" not in answer.text.replace("http://www.w3.org/2000/svg", ""), part
+            assert answer.headers["x-content-type-options"] == "nosniff"
+        again = await client.get(
+            "page/app.js", headers={"if-none-match": (await client.get("page/app.js")).headers["etag"]}
+        )
+        assert again.status_code == 304
+        assert (await client.get("v1/overview")).status_code == 200
+        assert (await client.get("page/../http.py")).status_code == 404
 
-    async def test_the_page_is_open_and_its_data_is_not(self, redis_url: str, fleet: Fleet, tmp_path: Path) -> None:
-        keys = tmp_path / "keys"
-        of_whom = [
-            {"name": name, "sha256": hash_key(name), "admin": name == "admin"} for name in ("admin", "scheduler")
-        ]
-        keys.write_text(yaml.safe_dump({"keys": of_whom}))
-        service = Service(redis_url, auth={"keys_file": str(keys)})
-        await service.started()
-        async with httpx.AsyncClient(base_url=service.url) as client:
-            assert (await client.get("/kvcache/")).status_code == 200
-            assert (await client.get("/kvcache", follow_redirects=True)).status_code == 200
-            for path in ("/v1/overview", "/kvcache/v1/overview", "/v1/decisions"):
-                for key, status in (("", 401), ("wrong", 401), ("scheduler", 403), ("admin", 200)):
-                    headers = {"authorization": f"Bearer {key}"} if key else {}
-                    assert (await client.get(path, headers=headers)).status_code == status, (path, key)
-        await service.close()
+
+async def test_the_page_is_open_and_its_data_is_not(redis_url: str, fleet: Fleet, tmp_path: Path) -> None:
+    keys = tmp_path / "keys"
+    of_whom = [{"name": name, "sha256": hash_key(name), "admin": name == "admin"} for name in ("admin", "scheduler")]
+    keys.write_text(yaml.safe_dump({"keys": of_whom}))
+    service = Service(redis_url, auth={"keys_file": str(keys)})
+    await service.started()
+    async with httpx.AsyncClient(base_url=service.url) as client:
+        assert (await client.get("/kvcache/")).status_code == 200
+        assert (await client.get("/kvcache", follow_redirects=True)).status_code == 200
+        for path in ("/v1/overview", "/kvcache/v1/overview", "/v1/decisions"):
+            for key, status in (("", 401), ("wrong", 401), ("scheduler", 403), ("admin", 200)):
+                headers = {"authorization": f"Bearer {key}"} if key else {}
+                assert (await client.get(path, headers=headers)).status_code == status, (path, key)
+    await service.close()
