@@ -110,7 +110,7 @@ async def test_a_person_sees_where_the_last_request_went_and_why(
     await seen.has("No replica holds any of it; ")
     await page.get_by_role("listitem").filter(has_text="60%").get_by_role("button").click()
     why = page.get_by_role("article")
-    await why.get_by_text("a holds 24 of its 40 prompt tokens").wait_for()
+    await why.get_by_text("a holds 24 of the 40 prompt tokens").wait_for()
     rows = why.get_by_role("row")
     names = [await rows.nth(i).get_by_role("rowheader").text_content() for i in (1, 2, 3)]
     assert names == ["a (chosen)", "b", "c"]

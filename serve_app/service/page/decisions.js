@@ -111,7 +111,7 @@ function outcome(receipt) {
     figure("Predicted", count(predicted), "cached tokens"),
     figure("Actual", count(actual.cached_tokens), `of ${count(actual.prompt_tokens)}`),
     figure("Prediction", verdict, off && comparable ? "than predicted" : ""),
-    times ? figure("First token", time(times), actual.queued_s ? `${time(actual.queued_s)} queued` : "") : null);
+    times ? figure("First token", time(times), actual.queued_s >= 0.001 ? `${time(actual.queued_s)} queued` : "") : null);
 }
 
 const figure = (name, value, note) => h("div", {}, h("dt", {}, name), h("dd", {}, value, note ? h("small", {}, ` ${note}`) : null));

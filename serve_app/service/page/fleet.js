@@ -68,7 +68,7 @@ function tile(replica, traffic, most, last) {
   return h("li", { class: `tile${last ? " last" : ""}`, "data-state": state },
     h("p", { class: "name" }, h("b", { title: replica.address || replica.pod }, replica.pod),
       h("span", { class: "state", title: why }, state)),
-    h("p", { class: "rate" }, share(traffic.cached_tokens, traffic.prompt_tokens), h("small", {}, " from cache")),
+    h("p", { class: "rate" }, share(traffic.cached_tokens, traffic.prompt_tokens), h("small", {}, traffic.prompt_tokens ? " from cache" : " no request lately")),
     tiers(replica, most.blocks),
     h("dl", {},
       pair("In flight", count(load(replica))),
@@ -83,11 +83,11 @@ const pair = (name, value) => h("div", {}, h("dt", {}, name), h("dd", {}, value)
 function tiers(replica, most) {
   const held = Object.entries(replica.held_blocks ?? {});
   const room = Math.max(most, replica.capacity_blocks ?? 0);
-  const text = held.map(([tier, blocks]) => `${short(blocks)} ${tier}`).join(" · ") || "no blocks";
-  const of_all = replica.capacity_blocks ? ` of ${short(replica.capacity_blocks)}` : "";
+  const room_of = (tier) => (tier === "gpu" && replica.capacity_blocks ? ` of ${short(replica.capacity_blocks)}` : "");
+  const text = held.map(([tier, blocks]) => `${short(blocks)}${room_of(tier)} ${tier}`).join(" · ") || "no blocks";
   return h("div", { class: "held" },
     h("div", { class: "bar", "aria-hidden": "true" }, held.map(([tier, blocks]) => h("span", { "data-tier": tier, style: { width: `${(100 * blocks) / room}%` } }))),
-    h("p", {}, `${text}${of_all}`, h("small", {}, held.length ? " blocks" : "")));
+    h("p", {}, text, h("small", {}, held.length ? " blocks" : "")));
 }
 
 function cell(replica, traffic, most, last) {

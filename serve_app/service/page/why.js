@@ -66,7 +66,7 @@ export function why(receipt) {
   const head = most.held < 1
     ? ["No replica holds any of it; ", pod, own.total === null ? " was next" : " was the cheapest"]
     : own.held >= most.held
-      ? [pod, ` holds ${count(own.held)} of its ${count(prompt)} prompt tokens`]
+      ? [pod, ` holds ${count(own.held)} of the ${count(prompt)} prompt tokens`]
       : own.held > 0
         ? [pod, ` holds less, ${count(own.held)} of ${count(prompt)} tokens, and was cheaper`]
         : [pod, " holds none of it, and was cheaper"];
