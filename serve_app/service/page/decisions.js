@@ -52,9 +52,9 @@ const parts = (said) => said.map((part) => (typeof part === "string" ? part : h(
 function costs(receipt, all, toggleAll) {
   const rows = candidates(receipt);
   if (!rows.length) return null;
-  const most = Math.max(...rows.map((row) => row.total ?? 0));
   const heldMost = rows.reduce((best, row) => (row.held > best.held ? row : best), rows[0]);
   const shown = all ? rows : rows.filter((row, i) => i < ROWS || row === heldMost || row.pod === receipt.chosen);
+  const most = Math.max(...shown.map((row) => row.total ?? 0));
   const hidden = rows.length - shown.length;
   const beyond = receipt.others ?? 0;
   return h("div", { class: "costs" },
