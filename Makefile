@@ -20,6 +20,10 @@ help: ## show this list
 setup: ## make or update .venv (minutes the first time, then under a second)
 	@scripts/setup.sh $(if $(REPAIR),--repair)
 
+.PHONY: chromium
+chromium: ## install Chromium (apt), for the test of the live page
+	@scripts/chromium.sh
+
 .PHONY: model
 model: setup ## build the SmolLM2 demo checkpoint, once
 	@$(BIN)/kvcache model $(ARGS)

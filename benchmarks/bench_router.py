@@ -31,7 +31,7 @@ from benchmarks.overhead.environment import environment  # noqa: E402
 from serve_app.blocks import KEY_BYTES  # noqa: E402
 from serve_app.index.memory import MemoryIndex  # noqa: E402
 from serve_app.routing.chooser import Chooser  # noqa: E402
-from serve_app.routing.receipts import Receipts, last_expected, receipt  # noqa: E402
+from serve_app.routing.receipts import Receipts, last_expected, receipt, trail  # noqa: E402
 from serve_app.types import (  # noqa: E402
     GPU,
     Domain,
@@ -152,7 +152,11 @@ def decide(
     pod = choice.ranked[0]
     sent = chooser.sent(pod, found, choice, now_s, request_tag(f"{number}"))
     chooser.route(sent, found)
-    receipts.open(receipt(f"{number}", "router", now_s, 0.001, pod, choice, found), last_expected(found, pod, choice))
+    receipts.open(
+        receipt(f"{number}", "router", now_s, 0.001, pod, choice, found),
+        last_expected(found, pod, choice),
+        trail(found),
+    )
     return pod
 
 

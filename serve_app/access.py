@@ -6,7 +6,7 @@ The file is YAML, and holds no key, only its SHA-256 (a key is 32 random bytes, 
       - name: scheduler
         sha256: 9f86d081884c7d659a2feaa0c55ad015a3bf4f1b2b0b822cd15d6c15b0f00a08
         salts: ["", team-a]   # "" = prompts without a cache_salt; "*" instead of the list = every salt
-        admin: true           # may read /v1/pods and /v1/receipts too
+        admin: true           # may read /v1/pods and /v1/receipts too, and see the page
 """
 
 from __future__ import annotations

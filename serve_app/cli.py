@@ -291,7 +291,9 @@ def serve_scores(
 def key(
     name: Annotated[str, typer.Argument(help="Of the caller, for people.")],
     salt: Annotated[list[str] | None, typer.Option(help="A cache_salt it may ask about; default: none.")] = None,
-    admin: Annotated[bool, typer.Option("--admin", help="It may read pods and receipts too.")] = False,
+    admin: Annotated[
+        bool, typer.Option("--admin", help="It may read pods and receipts too, and the live page.")
+    ] = False,
 ) -> None:
     """Make a key of the Score API: itself on stderr, its entry for auth.keys_file on stdout."""
     import yaml

@@ -33,9 +33,9 @@ from serve_app.prompts.prefix_store import PrefixStore
 from serve_app.prompts.service import PromptService, Tokenize
 from serve_app.routing.choice import Choice, Cost, Outcome, Policy
 from serve_app.routing.chooser import Chooser, Sent
-from serve_app.routing.desk import Desk
+from serve_app.routing.desk import Desk, Standing
 from serve_app.routing.ranks import Ranks
-from serve_app.routing.receipts import last_expected, receipt
+from serve_app.routing.receipts import Open, last_expected, receipt, trail
 from serve_app.supervision import Backoff, ErrorLog, LoopGuard
 from serve_app.types import BlockKeys, Found, ModelId, PodId, Progress, Served, Tier, request_tag, short_id
 
@@ -194,6 +194,23 @@ class Decider:
         choice = self.chooser.choose(pods, found, now_s, why=found.incomplete)
         return choice, choice.loads or self.chooser.in_flight.counts(pods, now_s)
 
+    def standing(self, pods: Sequence[PodId]) -> Mapping[PodId, Standing]:
+        """What each pod has to do, as a decision would see it now."""
+        self._catch_up(pods)
+        return self._desk.standing(pods, time.monotonic()) if self._desk is not None else {}
+
+    def open_receipts(self, count: int) -> list[Open]:
+        """Of the last decisions whose requests no engine has told of, newest first."""
+        return self._desk.receipts.latest(count) if self._desk is not None else []
+
+    def loops(self) -> dict[str, str]:
+        """What runs in the background -> why it does not go well; empty: it does."""
+        has_ended = any(task.done() for task in self._background)
+        loops = {"router": "its background task has ended" if has_ended else ""}
+        if self._log is not None:
+            loops["receipts and routes"] = self._log.fault
+        return loops
+
     def told(self, request_id: str, pod: PodId, served: Served | None = None, *, ended: bool) -> None:
         """Who asked for a decision with a lease says what has become of it: its first token is there, or it has ended.
 
@@ -209,8 +226,8 @@ class Decider:
             self._log.told(pod, progress)
         if served is not None and self._desk is not None and self._log is not None and self._metrics is not None:
             for complete in self._desk.answered(pod, served):
-                self._log.receipt(msgspec.json.encode(complete))
-                self._metrics.served(complete)
+                self._log.receipt(msgspec.json.encode(complete.receipt), *complete.trail)
+                self._metrics.served(complete.receipt)
 
     def least_loaded(self, replicas: Iterable[PodId]) -> PodId:
         """Who gets what makes no tokens: it is nobody's load."""
@@ -338,8 +355,8 @@ class Decider:
         if choice.outcome is not Outcome.BASELINE:
             new = receipt(short_id(asked.request_id), self.id, time.time(), decision_s, pod, choice, found)
             expected = last_expected(found, pod, choice)
-            if (oldest := self._desk.receipts.open(new, expected, again=before is not None)) is not None:
-                self._log.receipt(msgspec.json.encode(oldest))
+            if oldest := self._desk.receipts.open(new, expected, trail(found), again=before is not None):
+                self._log.receipt(msgspec.json.encode(oldest.receipt), *oldest.trail)
 
     def _adapter(self, asked: Asked | None) -> str:
         """The model that the request names, if it is not the base."""
@@ -380,8 +397,8 @@ class Decider:
         if self._desk is None or self._log is None or self._metrics is None:
             return
         for complete in self._desk.catch_up(pods):
-            self._log.receipt(msgspec.json.encode(complete))
-            self._metrics.served(complete)
+            self._log.receipt(msgspec.json.encode(complete.receipt), *complete.trail)
+            self._metrics.served(complete.receipt)
 
     async def _catch_up_when_idle(self) -> None:
         assert self._metrics is not None

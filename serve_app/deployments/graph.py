@@ -6,7 +6,7 @@ Scorer -> PrefixStore -> Tokenizer
 
 import asyncio
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from ray.serve.handle import DeploymentHandle
@@ -16,9 +16,10 @@ from serve_app.deployments.ray_host import RayInstruments
 from serve_app.errors import PromptError, StoreError
 from serve_app.index.connection import connect
 from serve_app.index.description import ages_s, describe
+from serve_app.index.holdings import HoldingsReader
 from serve_app.index.keyspace import Keyspace
 from serve_app.index.mirror import Mirror
-from serve_app.index.router_log import recent_receipts
+from serve_app.index.router_log import Kept, recent_receipts
 from serve_app.metrics import IndexMetrics
 from serve_app.once import Once
 from serve_app.prompts.prefix_store import PrefixStore as Store
@@ -27,7 +28,9 @@ from serve_app.prompts.tokenizer import Segment
 from serve_app.prompts.tokenizer import Tokenizer as TokenizerModel
 from serve_app.routing.choice import Cost
 from serve_app.routing.chooser import Chooser
-from serve_app.routing.desk import Desk
+from serve_app.routing.desk import Desk, Standing
+from serve_app.service.fleet import FleetView
+from serve_app.service.views import Fleet
 from serve_app.types import BlockKeys, EncodedKeys, EngineSpec, Found, ModelId, PodId, PodMatch, Tier, TokenizerSource
 
 
@@ -75,6 +78,7 @@ class BlockIndex:
         self._model = ModelId(args.model)
         self._desk = Desk(self._mirror, Chooser(self._mirror.held, weights=args.cost.weights()))
         self._redis = connect(redis_url, name="kvcache-receipts", slot_of=Keyspace(self._model).receipts)
+        self._fleet = FleetView(self._mirror, HoldingsReader(self._redis, self._model), self._standing)
         self._metrics = IndexMetrics(self._mirror, RayInstruments(args.model))
 
     async def spec(self) -> EngineSpec | None:
@@ -88,17 +92,31 @@ class BlockIndex:
     async def costs(self, found: Found) -> dict[PodId, Cost]:
         """What the request would cost at each pod that was looked up, by what the pods have reported."""
         pods = list(found.matches[0]) if found.matches else []
-        self._desk.chooser.keep_only(self._mirror.pods())
-        self._desk.catch_up(pods)
+        self._catch_up(pods)
         return self._desk.chooser.expected(pods, found, time.monotonic())
 
-    async def receipts(self, count: int) -> list[bytes]:
-        """The routers' last receipts as JSON, newest first; none while Redis is away."""
-        return await recent_receipts(self._redis, self._model, count)
+    async def receipts(self, count: int, after: str = "") -> list[Kept]:
+        """The routers' last receipts, newest first; none while Redis is away."""
+        return await recent_receipts(self._redis, self._model, count, after)
+
+    async def fleet(self) -> Fleet:
+        """The replicas, by what they have reported and what the routers have told each other."""
+        return await self._fleet.look()
+
+    async def holders(self, keys: BlockKeys) -> list[list[PodId]]:
+        return self._mirror.holders(keys)
 
     async def describe(self) -> dict[str, Any]:
         """The index as people want to see it."""
         return describe(self._mirror)
+
+    def _catch_up(self, pods: Sequence[PodId]) -> None:
+        self._desk.chooser.keep_only(self._mirror.pods())
+        self._desk.catch_up(pods)
+
+    def _standing(self, pods: Sequence[PodId]) -> Mapping[PodId, Standing]:
+        self._catch_up(pods)
+        return self._desk.standing(pods, time.monotonic())
 
     async def ages_s(self) -> dict[str, float]:
         return ages_s(self._mirror)

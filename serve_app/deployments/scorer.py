@@ -3,6 +3,7 @@
 POST /kvcache/v1/score     an OpenAI request body, plus optional `pods` and `strategy`  ->  scores
 GET  /kvcache/v1/pods      what the index knows of every pod
 GET  /kvcache/v1/receipts  the routers' last decisions, each with what came of it
+GET  /kvcache/             a page for people: fleet, decisions, health
 GET  /kvcache/health
 
 The endpoints are those of the score service (serve_app/service/http.py), on the graph's other deployments.
@@ -14,7 +15,6 @@ import time
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import msgspec
 from ray import serve
 from ray.exceptions import RayError
 from ray.serve.exceptions import RayServeException
@@ -25,13 +25,16 @@ from serve_app.access import Access
 from serve_app.config import GraphArgs
 from serve_app.deployments.listening import reachable_host
 from serve_app.deployments.stages import RemoteIndex, RemotePrompts
+from serve_app.index.router_log import Kept
 from serve_app.indexer import Body, Indexer
 from serve_app.routing.choice import Cost
+from serve_app.routing.receipts import Open
 from serve_app.scoring import Strategy
 from serve_app.service.http import http_app
 from serve_app.service.refused import Refused
 from serve_app.service.score_service import ScoreService
-from serve_app.types import Found, ModelId, PodId
+from serve_app.service.views import Fleet
+from serve_app.types import BlockKeys, Found, ModelId, PodId
 
 logger = logging.getLogger("ray.serve")
 
@@ -73,9 +76,21 @@ class GraphBackend:
         described: dict[str, Any] = await self._block_index.describe.remote()
         return described
 
-    async def receipts(self, count: int) -> list[dict[str, Any]]:
-        encoded: list[bytes] = await self._block_index.receipts.remote(count)
-        return [msgspec.json.decode(one, type=dict[str, Any]) for one in encoded]
+    async def receipts(self, count: int, after: str = "") -> Sequence[Kept]:
+        kept: Sequence[Kept] = await self._block_index.receipts.remote(count, after)
+        return kept
+
+    def open_receipts(self, count: int) -> list[Open]:
+        """None: decisions are made in the routers' processes, which tell of them when the engine has."""
+        return []
+
+    async def fleet(self) -> Fleet:
+        fleet: Fleet = await self._block_index.fleet.remote()
+        return fleet
+
+    async def holders(self, keys: BlockKeys) -> list[list[PodId]]:
+        holders: list[list[PodId]] = await self._block_index.holders.remote(keys)
+        return holders
 
 
 @serve.ingress()

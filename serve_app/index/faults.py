@@ -66,6 +66,11 @@ class FaultLog:
             self._said.add(what)
             self._logger.warning("redis: %s; %s", error, self._consequence)
 
+    @property
+    def now(self) -> str:
+        """What has failed and does not go well yet; empty: nothing."""
+        return "; ".join(sorted(tuple(self._said)))  # a copy: the loop that it is of goes on
+
     def healed(self) -> None:
         if self._said:
             self._logger.info("redis answers again")

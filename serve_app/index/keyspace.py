@@ -7,6 +7,7 @@
     kv:{m}:log                              stream  one LogRecord per entry, under the field `r`
     kv:{m}:routers                          zset    router id -> seconds since 1970 when it was last there
     kv:{m}:receipts                         stream  one receipt per entry (JSON), under the field `r`, the last thousand
+                                                    beside it, under `m` and `t`: keys of its prompt's blocks
 
 `{m}` is a hash tag: all keys of a model are in one slot of a Redis Cluster, so transactions work there.
 Records are msgpack arrays; fields are only ever added at the end, with defaults. A change that a reader must not
@@ -40,6 +41,7 @@ from serve_app.types import (
 )
 
 LOG_FIELD = b"r"
+MARKS_FIELD, TAIL_FIELD = b"m", b"t"  # beside a receipt: packed block keys
 TEXT_MAX_CHARS = 1024  # of a name or a reason in a log entry
 ADAPTERS_MAX = 1024  # of one engine
 _NUMBER_MAX = 2**53

@@ -327,13 +327,18 @@ class MemoryIndex:
         bits = [self._live.bit_of.get(pod, 0) for pod in pods]
         found = [False] * len(bits)
         for table in self._tiers.values():
-            words = table.masks(keys)
-            if words.shape[1] == 1:  # 64 domains or fewer
-                masks = words[:, 0].tolist()
-            else:
-                masks = [sum(word << j * _WORD_BITS for j, word in enumerate(row)) for row in words.tolist()]
-            found = [known or mask & bit != 0 for known, mask, bit in zip(found, masks, bits, strict=True)]
+            found = [
+                known or mask & bit != 0 for known, mask, bit in zip(found, _masks(table, keys), bits, strict=True)
+            ]
         return found
+
+    def holders(self, keys: BlockKeys) -> list[list[PodId]]:
+        """Live pods that hold each block themselves, in any tier."""
+        live = self._live
+        found = [0] * (len(keys) // KEY_BYTES)
+        for table in self._tiers.values():
+            found = [known | mask for known, mask in zip(found, _masks(table, keys), strict=True)]
+        return [[live.pod_of[bit] for bit in _each_bit(mask & live.mask)] for mask in found]
 
     @property
     def distrusted(self) -> Mapping[PodId, Trust]:
@@ -441,6 +446,15 @@ class MemoryIndex:
     def _in_order(self, tiers: dict[Tier, BlockTable]) -> dict[Tier, BlockTable]:
         rank = {tier: i for i, tier in enumerate(self._tier_order)}
         return dict(sorted(tiers.items(), key=lambda item: rank.get(item[0], len(rank))))
+
+
+def _masks(table: BlockTable, keys: BlockKeys) -> list[int]:
+    """Who holds each block."""
+    words = table.masks(keys)
+    if words.shape[1] == 1:  # 64 domains or fewer
+        one_word: list[int] = words[:, 0].tolist()
+        return one_word
+    return [sum(word << j * _WORD_BITS for j, word in enumerate(row)) for row in words.tolist()]
 
 
 def _stacked(tables: Sequence[BlockTable | None], keys: BlockKeys) -> Words:

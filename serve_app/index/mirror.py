@@ -219,6 +219,10 @@ class Mirror:
         """Whether each pod holds the block beside it."""
         return self._index.held(pods, keys)
 
+    def holders(self, keys: BlockKeys) -> list[list[PodId]]:
+        """Live pods that hold each block themselves, in any tier."""
+        return self._index.holders(keys)
+
     def pods(self) -> list[PodId]:
         return self._index.pods()
 
@@ -274,6 +278,13 @@ class Mirror:
         """Nothing is heard, or what is heard is old: the engines have gone on since."""
         lagging = self._lag_s > LATE_S and time.monotonic() - self._heard_entry_at_s < LATE_LASTS_S
         return lagging or self.stale_for_s() > STALE_AFTER_S
+
+    @property
+    def fault(self) -> str:
+        """Why it does not follow now; empty: it does."""
+        if not self.is_running:
+            return "the thread that follows the index has ended"
+        return self._faults.now
 
     def stale_for_s(self) -> float:
         """Seconds since Redis last answered; infinite before the first load."""

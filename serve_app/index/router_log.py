@@ -15,17 +15,17 @@ import threading
 import time
 from collections import Counter, deque
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import redis
 
 from serve_app.errors import StoreError
 from serve_app.index.connection import connect, leave_server, redact
 from serve_app.index.faults import FaultLog, store_error
-from serve_app.index.keyspace import LOG_FIELD, Keyspace, LogRecord, encode
+from serve_app.index.keyspace import LOG_FIELD, MARKS_FIELD, TAIL_FIELD, Keyspace, LogRecord, encode
 from serve_app.index.redis_writer import LOG_MAX_ENTRIES
 from serve_app.supervision import Backoff, LoopGuard
-from serve_app.types import Epoch, ModelId, PodId, Progress, Routed
+from serve_app.types import BlockKeys, Epoch, ModelId, PodId, Progress, Routed
 
 logger = logging.getLogger(__name__)
 
@@ -53,7 +53,7 @@ class RouterLog:
         self._router = router
         self._routes: deque[Routed] = deque(maxlen=_QUEUE_MAX)
         self._told: deque[tuple[PodId, Progress]] = deque(maxlen=_QUEUE_MAX)
-        self._receipts: deque[bytes] = deque(maxlen=_QUEUE_MAX)
+        self._receipts: deque[dict[bytes, bytes]] = deque(maxlen=_QUEUE_MAX)
         self._distrusted: Mapping[PodId, tuple[Epoch, str]] = {}
         self._announce_at_s = 0.0
         self._others = _Others()
@@ -77,6 +77,11 @@ class RouterLog:
             self._thread.join(timeout=2 * ANNOUNCE_S)
         self._redis.close()
 
+    @property
+    def fault(self) -> str:
+        """Why nothing is written now; empty: it is."""
+        return self._faults.now if self._thread.is_alive() else "the thread that writes has ended"
+
     def routed(self, route: Routed) -> None:
         """Tell the other routers, if there are any."""
         if self.shared:
@@ -93,9 +98,9 @@ class RouterLog:
         """Tell everybody, for as long as this is not called with less, whose predictions do not hold, and why."""
         self._distrusted = pods
 
-    def receipt(self, encoded: bytes) -> None:
-        """Keep a receipt (JSON) where people find it."""
-        self._receipts.append(encoded)
+    def receipt(self, encoded: bytes, marks: BlockKeys = b"", tail: BlockKeys = b"") -> None:
+        """Keep a receipt (JSON) where people find it, and beside it keys that tell what it belongs to."""
+        self._receipts.append({LOG_FIELD: encoded, MARKS_FIELD: marks, TAIL_FIELD: tail})
         self._wake.set()
 
     def _run(self) -> None:
@@ -138,7 +143,7 @@ class RouterLog:
                 record = LogRecord("told", pod, 0, router=self._router, progress=progress)
                 pipeline.xadd(self._keys.log, {LOG_FIELD: encode(record)}, maxlen=LOG_MAX_ENTRIES, approximate=True)
             for _ in range(len(self._receipts)):
-                fields: dict[bytes, bytes] = {LOG_FIELD: self._receipts.popleft()}
+                fields = self._receipts.popleft()
                 pipeline.xadd(self._keys.receipts, fields, maxlen=RECEIPTS_MAX, approximate=True)  # type: ignore[arg-type]
                 self.counters["receipts"] += 1
             if len(pipeline):
@@ -189,23 +194,38 @@ class _Others:
         return [name for name, (_, since_s) in self._known.items() if time.monotonic() - since_s >= 2 * GONE_S]
 
 
-def read_receipts(client: redis.Redis, model: ModelId, count: int) -> list[bytes]:
+class Kept(NamedTuple):
+    """A receipt in Redis."""
+
+    id: str  # of the stream's entry
+    receipt: bytes
+    marks: BlockKeys = b""  # see routing.receipts.Trail
+    tail: BlockKeys = b""
+
+
+def read_receipts(client: redis.Redis, model: ModelId, count: int, after: str = "") -> list[Kept]:
     """The last receipts, newest first.
+
+    Args:
+        after: only those that came after the one of this id.
 
     Raises:
         StoreError: Redis did not answer.
     """
     try:
-        entries: Any = client.xrevrange(Keyspace(model).receipts, count=count)
+        entries: Any = client.xrevrange(Keyspace(model).receipts, min=f"({after}" if after else "-", count=count)
     except (redis.RedisError, OSError) as error:
         leave_server(client, error)
         raise StoreError(str(error)) from error
-    return [fields[LOG_FIELD] for _, fields in entries]
+    return [
+        Kept(entry_id.decode(), fields.get(LOG_FIELD, b""), fields.get(MARKS_FIELD, b""), fields.get(TAIL_FIELD, b""))
+        for entry_id, fields in entries
+    ]
 
 
-async def recent_receipts(client: redis.Redis, model: ModelId, count: int) -> list[bytes]:
+async def recent_receipts(client: redis.Redis, model: ModelId, count: int, after: str = "") -> list[Kept]:
     """The same, off the event loop; none while Redis is away."""
     try:
-        return await asyncio.to_thread(read_receipts, client, model, count)
+        return await asyncio.to_thread(read_receipts, client, model, count, after)
     except StoreError:
         return []

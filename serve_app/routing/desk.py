@@ -11,14 +11,23 @@ import logging
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from typing import NamedTuple
 
 from serve_app.index.mirror import Mirror
 from serve_app.routing.chooser import Chooser
 from serve_app.routing.prediction_check import PredictionCheck
-from serve_app.routing.receipts import Receipt, Receipts
+from serve_app.routing.receipts import Open, Receipts
 from serve_app.types import Epoch, PodId, Served
 
 logger = logging.getLogger(__name__)
+
+
+class Standing(NamedTuple):
+    """What a pod has to do."""
+
+    in_flight: int  # requests
+    waiting: int  # of these, without their first token
+    queued_tokens: int  # prefill that is not done
 
 
 class Desk:
@@ -42,9 +51,9 @@ class Desk:
         self._epochs = epochs
         return {pod: (epochs[pod], cause) for pod, cause in self.check.causes.items() if pod in epochs}
 
-    def catch_up(self, pods: Iterable[PodId]) -> list[Receipt]:
+    def catch_up(self, pods: Iterable[PodId]) -> list[Open]:
         """Take in what has become known since the last call. Returns the receipts that are complete now."""
-        complete: list[Receipt] = []
+        complete: list[Open] = []
         for pod, served in self._mirror.served():
             with self._one_item("what a pod has served"):
                 complete += self._served(pod, served)
@@ -61,22 +70,28 @@ class Desk:
                 self.chooser.loaded(pod, load)
         return complete
 
-    def _served(self, pod: PodId, served: Sequence[Served]) -> list[Receipt]:
+    def standing(self, pods: Sequence[PodId], now_s: float) -> dict[PodId, Standing]:
+        """What each pod has to do, as a decision would see it."""
+        in_flight = self.chooser.in_flight.counts(pods, now_s)
+        waiting, queued = self.chooser.ledger.waiting(pods), self.chooser.ledger.queued(pods)
+        return {pod: Standing(in_flight[pod], waiting[pod], round(queued[pod])) for pod in pods}
+
+    def _served(self, pod: PodId, served: Sequence[Served]) -> list[Open]:
         self.chooser.served(pod, served)
         return self._close(pod, served)
 
-    def answered(self, pod: PodId, served: Served) -> list[Receipt]:
+    def answered(self, pod: PodId, served: Served) -> list[Open]:
         """A request's receipt, by who saw its answer pass. Its times are no engine's, and teach nothing."""
         return self._close(pod, [served])
 
-    def _close(self, pod: PodId, served: Sequence[Served]) -> list[Receipt]:
+    def _close(self, pod: PodId, served: Sequence[Served]) -> list[Open]:
         """The receipts of these requests."""
         spec, complete = self._mirror.spec(), []
-        for done, expected in filter(None, (self.receipts.close(pod, one) for one in served)):
+        for done in filter(None, (self.receipts.close(pod, one) for one in served)):
             complete.append(done)
             if spec is not None:
-                came = not expected or self._mirror.held([pod], expected)[0]
-                self.check.observe(done, spec.block_size, came=came)
+                came = not done.expected or self._mirror.held([pod], done.expected)[0]
+                self.check.observe(done.receipt, spec.block_size, came=came)
         return complete
 
     @contextmanager

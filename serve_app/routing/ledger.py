@@ -172,6 +172,11 @@ class Ledger:
         known = self._queued
         return {pod: known.get(pod, 0) for pod in pods}
 
+    def waiting(self, pods: Iterable[PodId]) -> dict[PodId, int]:
+        """Requests at each whose first token is not there, as far as is known."""
+        open_at = self._entries
+        return {pod: len({entry.tag or id(entry) for entry in open_at.get(pod, ())}) for pod in pods}
+
     def speculative_blocks(self, keys: BlockKeys, matched: Mapping[PodId, int], now_s: float) -> dict[PodId, int]:
         """How many blocks from the prompt's beginning each pod will hold.
 

@@ -12,6 +12,7 @@ from __future__ import annotations
 import heapq
 from collections import OrderedDict
 from collections.abc import Mapping
+from itertools import islice
 from operator import itemgetter
 from typing import NamedTuple
 
@@ -24,6 +25,10 @@ from serve_app.types import BlockKeys, Found, PodId, Served
 
 OPEN_MAX = 4096
 SHOWN_MAX = 16  # replicas in a receipt, and half as many more
+MARKS_MAX = 16  # of a prompt's blocks: 1, 2, 4, ... 32,768
+TAIL_BLOCKS = 32
+
+_MARKS = tuple(slice((depth - 1) * KEY_BYTES, depth * KEY_BYTES) for depth in (1 << i for i in range(MARKS_MAX)))
 
 
 # `gc=False`: none of these can be in a cycle, and a collection that looks at thousands of receipts holds the router.
@@ -45,6 +50,16 @@ class Actual(msgspec.Struct, frozen=True, gc=False):
     cached_tokens: int
     queued_s: float
     prefill_s: float
+
+
+class Trail(NamedTuple):
+    """Keys that tell which requests belong together. They are in Redis, beside the receipt; no client gets them."""
+
+    marks: BlockKeys = b""  # of the prompt's blocks 1, 2, 4, ...: which beginnings requests have in common
+    tail: BlockKeys = b""  # of its last `TAIL_BLOCKS`: which request it goes on from
+
+
+NO_TRAIL = Trail()
 
 
 class Receipt(msgspec.Struct, frozen=True, omit_defaults=True, gc=False):
@@ -96,6 +111,15 @@ def receipt(
     )
 
 
+def trail(found: Found | None) -> Trail:
+    """Of a request with one prompt."""
+    if found is None or len(found.prompts) != 1:
+        return NO_TRAIL
+    keys = found.prompts[0].keys
+    marks = _MARKS[: (len(keys) // KEY_BYTES).bit_length()]
+    return Trail(b"".join([keys[mark] for mark in marks]), keys[-TAIL_BLOCKS * KEY_BYTES :])
+
+
 def _shown(choice: Choice) -> list[PodId]:
     """Whom a receipt tells of: in a large fleet most replicas are like each other."""
     if len(choice.ranked) <= SHOWN_MAX:
@@ -127,6 +151,7 @@ class Open(NamedTuple):
 
     receipt: Receipt
     expected: BlockKeys = b""  # see `last_expected`: by now the index must know of it
+    trail: Trail = NO_TRAIL
 
 
 class Receipts:
@@ -135,7 +160,9 @@ class Receipts:
     def __init__(self) -> None:
         self._open: OrderedDict[str, Open] = OrderedDict()
 
-    def open(self, new: Receipt, expected: BlockKeys = b"", *, again: bool = False) -> Receipt | None:
+    def open(
+        self, new: Receipt, expected: BlockKeys = b"", trail: Trail = NO_TRAIL, *, again: bool = False
+    ) -> Open | None:
         """Returns the oldest one if it has to go, as it is.
 
         Args:
@@ -145,14 +172,19 @@ class Receipts:
         """
         if not again and self._open.pop(new.request_id, None) is not None:
             return None
-        self._open[new.request_id] = Open(new, expected)
-        return self._open.popitem(last=False)[1].receipt if len(self._open) > OPEN_MAX else None
+        self._open[new.request_id] = Open(new, expected, trail)
+        return self._open.popitem(last=False)[1] if len(self._open) > OPEN_MAX else None
 
     def moved(self, request_id: str, pod: PodId) -> None:
         """The first choice refused the request, and `pod` got it."""
         if (known := self._open.get(request_id)) is not None:
             before = known.receipt
-            self._open[request_id] = Open(msgspec.structs.replace(before, chosen=str(pod), refused_by=before.chosen))
+            moved = msgspec.structs.replace(before, chosen=str(pod), refused_by=before.chosen)
+            self._open[request_id] = Open(moved, trail=known.trail)
+
+    def latest(self, count: int) -> list[Open]:
+        """Those that no engine has told of, newest first."""
+        return list(islice(reversed(self._open.values()), count))
 
     def close(self, pod: PodId, served: Served) -> Open | None:
         """The receipt of a request that `pod` has served, completed; None if it was not routed here."""

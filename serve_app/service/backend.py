@@ -5,19 +5,21 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any, Protocol
 
-import msgspec
-
 from serve_app.decider import Asked, Decider, Decision
 from serve_app.errors import IndexUnavailable
 from serve_app.index.connection import connect
 from serve_app.index.description import ages_s, describe
+from serve_app.index.holdings import HoldingsReader
 from serve_app.index.keyspace import Keyspace
-from serve_app.index.router_log import recent_receipts
+from serve_app.index.router_log import Kept, recent_receipts
 from serve_app.indexer import Body
 from serve_app.routing.choice import Cost
+from serve_app.routing.receipts import Open
 from serve_app.scoring import Strategy
 from serve_app.service.discovery import Discovery
-from serve_app.types import Domain, Found, ModelId, PodId
+from serve_app.service.fleet import FleetView
+from serve_app.service.views import Fleet
+from serve_app.types import BlockKeys, Domain, Found, ModelId, PodId
 
 STALE_MAX_S = 5.0
 STRANGERS_MAX = 256
@@ -47,7 +49,19 @@ class Backend(Protocol):
 
     async def describe(self) -> dict[str, Any]: ...
 
-    async def receipts(self, count: int) -> list[dict[str, Any]]: ...
+    async def receipts(self, count: int, after: str = "") -> Sequence[Kept]:
+        """The last ones, or those that came after the one of this id; newest first. None while Redis is away."""
+        ...
+
+    def open_receipts(self, count: int) -> list[Open]:
+        """Decisions of this process that no engine has told of, newest first."""
+        ...
+
+    async def fleet(self) -> Fleet: ...
+
+    async def holders(self, keys: BlockKeys) -> list[list[PodId]]:
+        """See Mirror.holders."""
+        ...
 
 
 class LocalBackend:
@@ -62,6 +76,7 @@ class LocalBackend:
         self.decider = decider
         self._discovery = discovery
         self._redis = connect(redis_url, name="kvcache-receipts", slot_of=Keyspace(self.model).receipts)
+        self._fleet: FleetView | None = None  # of the mirror that the decider has when somebody asks
         self.addresses: Mapping[PodId, str] = {}  # what `candidates` said last: the decider was told of these
         self._strangers: dict[PodId, None] = {}  # others that were named in questions, the latest first
 
@@ -91,9 +106,22 @@ class LocalBackend:
     async def describe(self) -> dict[str, Any]:
         return describe(self.decider.followed())
 
-    async def receipts(self, count: int) -> list[dict[str, Any]]:
-        encoded = await recent_receipts(self._redis, self.model, count)
-        return [msgspec.json.decode(one, type=dict[str, Any]) for one in encoded]
+    async def receipts(self, count: int, after: str = "") -> Sequence[Kept]:
+        return await recent_receipts(self._redis, self.model, count, after)
+
+    def open_receipts(self, count: int) -> list[Open]:
+        return self.decider.open_receipts(count)
+
+    async def fleet(self) -> Fleet:
+        if self._fleet is None:
+            decider = self.decider
+            self._fleet = FleetView(
+                decider.followed(), HoldingsReader(self._redis, self.model), decider.standing, decider.loops
+            )
+        return await self._fleet.look()
+
+    async def holders(self, keys: BlockKeys) -> list[list[PodId]]:
+        return self.decider.followed().holders(keys)
 
     # -- choices --------------------------------------------------------------------------------------------------
 

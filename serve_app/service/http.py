@@ -9,9 +9,13 @@ POST /v1/done         what has become of a choice                               
 POST /v1/explain      what a choice would rest on                                          -> Explanation
 GET  /v1/pods         what the index knows of every pod
 GET  /v1/receipts     the last decisions, each with what came of it
+GET  /v1/overview     the fleet at a glance                                                -> Overview
+GET  /v1/decisions    the last decisions, or those `after` one, with their conversations   -> Decisions
+GET  /                a page that shows these two (service/page.py); its files are below /page
 GET  /healthz, /health, /readyz, /metrics, /openapi.json
 
-Errors have OpenAI's shape. With keys all but the last row want one (serve_app/access.py); limits hold always.
+Errors have OpenAI's shape. With keys all but the page and the last row want one (serve_app/access.py); limits
+hold always.
 """
 
 from __future__ import annotations
@@ -24,7 +28,7 @@ import msgspec
 from starlette.applications import Starlette
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
-from starlette.routing import Route
+from starlette.routing import BaseRoute, Mount, Route
 from starlette.types import ASGIApp
 
 from serve_app.access import Caller
@@ -32,9 +36,12 @@ from serve_app.index.router_log import RECEIPTS_MAX
 from serve_app.limits import read_body
 from serve_app.service.answers import Health
 from serve_app.service.backend import Backend, LocalBackend
+from serve_app.service.live import Live
 from serve_app.service.openapi import document
+from serve_app.service.page import page_routes
 from serve_app.service.refused import Refused, refusing
 from serve_app.service.score_service import ScoreService
+from serve_app.service.views import Decisions, Overview
 from serve_app.supervision import ErrorLog
 
 _encode = msgspec.json.Encoder(enc_hook=str).encode
@@ -51,12 +58,15 @@ def http_app(
     logger: logging.Logger,
     metrics: Callable[[], bytes] | None = None,
     failure: Failure = lambda _: None,
+    also_below: str = "",
 ) -> ASGIApp:
     """Args:
     metrics: Prometheus' text; None: they are shown elsewhere.
     failure: of the backends.
+    also_below: a path below which everything is there once more.
     """
-    return _Endpoints(service, logger, metrics, failure).app()
+    routes = _Endpoints(service, logger, metrics, failure).routes()
+    return Starlette(routes=[*routes, Mount(also_below, routes=routes)] if also_below else routes)
 
 
 class _Endpoints:
@@ -71,12 +81,13 @@ class _Endpoints:
         self._metrics = metrics
         self._failure = failure
         self._errors = ErrorLog("kvcache: a question could not be answered", logger)
+        self._live = {model.model: Live(model, [str(one.model) for one in service.models]) for model in service.models}
         self._document = document(choices=any(isinstance(model, LocalBackend) for model in service.models))
 
-    def app(self) -> ASGIApp:
+    def routes(self) -> list[BaseRoute]:
         service = self._service
         asked = self._asked
-        routes = [
+        routes: list[BaseRoute] = [
             Route("/v1/score", asked(service.score), methods=["POST", "PUT"]),
             Route("/v1/score/batch", asked(service.score_batch), methods=["POST"]),
             Route("/v1/choose", asked(service.choose), methods=["POST"]),
@@ -84,6 +95,9 @@ class _Endpoints:
             Route("/v1/done", asked(lambda raw, _: service.done(raw)), methods=["POST"]),
             Route("/v1/pods", self._shown(self._pods)),
             Route("/v1/receipts", self._shown(self._receipts)),
+            Route("/v1/overview", self._shown(self._overview)),
+            Route("/v1/decisions", self._shown(self._decisions)),
+            *page_routes(),
             Route("/healthz", self._health),
             Route("/health", self._health),
             Route("/readyz", self._ready),
@@ -91,7 +105,7 @@ class _Endpoints:
         ]
         if self._metrics is not None:
             routes.append(Route("/metrics", self._prometheus))
-        return Starlette(routes=routes)
+        return routes
 
     def _asked(self, answer: Callable[[bytes, Caller], Awaitable[Answer]]) -> Callable[[Request], Awaitable[Response]]:
         """An endpoint that takes a body."""
@@ -138,7 +152,18 @@ class _Endpoints:
         given = request.query_params.get("limit", str(_SHOWN_RECEIPTS))
         if not given.isdecimal() or not 1 <= int(given[:10]) <= RECEIPTS_MAX:
             raise Refused(422, "invalid_field", f"limit must be 1 to {RECEIPTS_MAX}", field="limit")
-        return await self._model(request).receipts(int(given))
+        kept = await self._model(request).receipts(int(given))
+        return [msgspec.json.decode(one.receipt, type=dict[str, Any]) for one in kept]
+
+    async def _overview(self, request: Request) -> Overview:
+        return await self._live_of(request).overview()
+
+    async def _decisions(self, request: Request) -> Decisions:
+        asked = request.query_params
+        return await self._live_of(request).decisions(asked.get("after", ""), asked.get("limit", str(_SHOWN_RECEIPTS)))
+
+    def _live_of(self, request: Request) -> Live:
+        return self._live[self._model(request).model]
 
     def _model(self, request: Request) -> Backend:
         return self._service.model(request.query_params.get("model", ""))

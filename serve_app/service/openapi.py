@@ -6,7 +6,7 @@ from typing import Any
 
 import msgspec
 
-from serve_app.service import answers, questions
+from serve_app.service import answers, questions, views
 
 _PROMPT = "Beside these: the body of an OpenAI request (chat, completions, responses, messages) as the engine takes it."
 _CHAT = {"model": "smollm2", "messages": [{"role": "user", "content": "Hello"}]}
@@ -24,11 +24,22 @@ _QUESTIONS: dict[str, tuple[str, type, type]] = {
     "/v1/explain": ("What a choice would rest on", questions.ScoreFields, answers.Explanation),
     "/v1/done": ("What has become of a choice", questions.DoneFields, answers.Done),
 }
-_SHOWN = {
-    "/v1/pods": "What the index knows of every pod",
-    "/v1/receipts": "The last decisions, each with what came of it",
-    "/healthz": "The process is alive",
-    "/readyz": "Scores can be asked for: the index is loaded and fresh, the tokenizer is there",
+_SHOWN: dict[str, tuple[str, type]] = {
+    "/v1/pods": ("What the index knows of every pod", dict[str, Any]),
+    "/v1/receipts": ("The last decisions, each with what came of it", list[dict[str, Any]]),
+    "/v1/overview": ("The fleet at a glance: replicas, traffic, hot beginnings, health", views.Overview),
+    "/v1/decisions": ("The last decisions with their conversations; for who polls", views.Decisions),
+    "/healthz": ("The process is alive", answers.Health),
+    "/readyz": ("Scores can be asked for: the index is loaded and fresh, the tokenizer is there", answers.Health),
+}
+_MODEL = {"name": "model", "in": "query", "description": "Empty: the first.", "schema": {"type": "string"}}
+_LIMIT = {"name": "limit", "in": "query", "description": "How many at most.", "schema": {"type": "integer"}}
+_AFTER = {"name": "after", "in": "query", "description": "`last` of an answer.", "schema": {"type": "string"}}
+_PARAMETERS = {
+    "/v1/pods": [_MODEL],
+    "/v1/receipts": [_MODEL, _LIMIT],
+    "/v1/overview": [_MODEL],
+    "/v1/decisions": [_MODEL, _LIMIT, _AFTER],
 }
 _ERRORS = {
     "400": "No JSON object, or a prompt that cannot be scored",
@@ -46,6 +57,7 @@ def document(*, choices: bool) -> bytes:
     """OpenAPI 3.1. Args: choices: whether /v1/choose and its like are there."""
     shown = {path: entry for path, entry in _QUESTIONS.items() if choices or path.startswith("/v1/score")}
     types = [one for _, question, answer in shown.values() for one in (question, answer)]
+    types += [answer for _, answer in _SHOWN.values()]
     schemas, components = msgspec.json.schema_components(
         [*types, answers.ErrorBody], ref_template="#/components/schemas/{name}"
     )
@@ -63,8 +75,9 @@ def document(*, choices: bool) -> bytes:
                 "responses": {"200": answer, **errors},
             }
         }
-    for path, text in _SHOWN.items():
-        paths[path] = {"get": {"summary": text, "responses": {"200": {"description": text}}}}
+    for schema, (path, (text, _)) in zip(schemas[2 * len(shown) :], _SHOWN.items(), strict=False):
+        answer = {"description": text, "content": {"application/json": {"schema": schema}}}
+        paths[path] = {"get": {"summary": text, "parameters": _PARAMETERS.get(path, []), "responses": {"200": answer}}}
     return msgspec.json.encode(
         {
             "openapi": "3.1.0",

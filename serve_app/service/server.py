@@ -40,6 +40,7 @@ from serve_app.supervision import Backoff, LoopGuard
 
 logger = logging.getLogger("kvcache.scores")
 
+PREFIX = "/kvcache"  # where Ray's graph has the same endpoints, and the page
 _LOOK_S = 1.0
 _GRPC_MAX_BYTES_MORE = 1 << 20  # of a message, beyond the prompt
 
@@ -93,7 +94,8 @@ class ScoreServer:
         background = [asyncio.create_task(self._watch())]
         if self._discovery is not None:
             background.append(asyncio.create_task(self._discovery.run()))
-        logger.info("scores and choices at http://%s", _shown(self.config.http, self.http_port))
+        scheme, at = "https" if self.config.tls else "http", _shown(self.config.http, self.http_port)
+        logger.info("scores and choices at %s://%s, the live page at %s://%s%s/", scheme, at, scheme, at, PREFIX)
         if self.config.grpc:
             logger.info("gRPC at %s", _shown(self.config.grpc, self.grpc_port))
         if self.config.picker:
@@ -137,7 +139,7 @@ class ScoreServer:
         config = self.config
         listening = bind(config.http, shared=config.workers > 1)
         self.http_port = listening.getsockname()[1]
-        app = http_app(self.service, logger=logger, metrics=self._registered.text)
+        app = http_app(self.service, logger=logger, metrics=self._registered.text, also_below=PREFIX)
         tls: dict[str, Any] = {}
         if config.tls:
             tls = {"ssl_certfile": str(config.tls.certificate), "ssl_keyfile": str(config.tls.key)}

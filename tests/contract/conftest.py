@@ -11,11 +11,13 @@ from pathlib import Path
 import pytest
 from ray.serve._private.common import DeploymentHandleSource, DeploymentID
 
+from serve_app.client import AsyncKVCacheClient
 from serve_app.deployments import routed
 from serve_app.deployments.request_router import KVCacheAwareRouter
 from serve_app.index import mirror as mirror_module
 from serve_app.index.mirror import Mirror
 from tests.contract import serve_router
+from tests.contract.score_server import Service
 from tests.engine import MODEL, PublisherProcess
 from tests.helpers import following
 from tests.unit.prompts.conftest import write_model
@@ -56,3 +58,20 @@ async def router(redis_url: str, monkeypatch: pytest.MonkeyPatch) -> AsyncIterat
     router.update_replicas([serve_router.Replica("a"), serve_router.Replica("b")])
     yield router
     await router.decider.close()
+
+
+@pytest.fixture
+async def service(redis_url: str, fleet: serve_router.Fleet) -> AsyncIterator[Service]:
+    """Pods a (holds 6 blocks of 10), b (2) and c (none)."""
+    for pod, holds in (("a", 6), ("b", 2), ("c", 0)):
+        fleet.join_plain(pod, holds=holds, address=f"10.0.0.{ord(pod)}:8000")
+    service = Service(redis_url)
+    await service.ready(pods=3)
+    yield service
+    await service.close()
+
+
+@pytest.fixture
+async def kv(service: Service) -> AsyncIterator[AsyncKVCacheClient]:
+    async with AsyncKVCacheClient(service.url) as client:
+        yield client

@@ -31,8 +31,8 @@ from serve_app.service.discovery import (
     resolve,
 )
 from serve_app.service.pod_chooser import PodChooser
+from tests.contract.score_server import PROMPT, Service, until
 from tests.contract.serve_router import MODEL, TOKENS, Fleet
-from tests.contract.test_score_service import PROMPT, Service, until
 
 BODY = json.dumps(PROMPT).encode()
 A, B, C = (f"10.0.0.{number}:8000" for number in (1, 2, 3))

@@ -85,9 +85,10 @@ def test_receipts_come_back_newest_first(redis_url: str) -> None:
         log.receipt(msgspec.json.encode({"request_id": str(i)}))
     eventually(lambda: log.counters["receipts"] == 3)
     log.close()
-    assert [
-        msgspec.json.decode(one)["request_id"] for one in read_receipts(connect(redis_url, name="t"), MODEL, 2)
-    ] == [
+    client = connect(redis_url, name="t")
+    assert [msgspec.json.decode(one.receipt)["request_id"] for one in read_receipts(client, MODEL, 2)] == ["2", "1"]
+    first = read_receipts(client, MODEL, 3)[-1]
+    assert [msgspec.json.decode(one.receipt)["request_id"] for one in read_receipts(client, MODEL, 9, first.id)] == [
         "2",
         "1",
     ]
@@ -254,7 +255,7 @@ def test_an_item_that_cannot_be_written_does_not_end_the_log(
 
     for errors in (1, 2):
         until(object(), lambda errors=errors: log.counters["errors"] >= errors)  # type: ignore[misc]
-    until(b"{}", lambda: b"{}" in read_receipts(reader, MODEL, 9))
+    until(b"{}", lambda: b"{}" in [one.receipt for one in read_receipts(reader, MODEL, 9)])
     log.close()
     said = [record for record in caplog.records if record.name == router_log.__name__]
     assert len([record for record in said if record.levelno >= logging.WARNING]) == 1

@@ -250,6 +250,19 @@ def test_a_receipt_tells_what_was_known_and_what_came_of_it(http: httpx.Client, 
     assert re.search(rf"lou-again .* {replica} .* hit: prefix .* {cached} ", shown.stdout)
 
 
+def test_the_live_page_is_below_the_graphs_prefix(http: httpx.Client) -> None:
+    page = http.get("/kvcache", follow_redirects=True)
+    assert "<title>KVCache Manager</title>" in page.text
+    assert page.url.path == "/kvcache/"
+    assert http.get("/kvcache/page/app.js").headers["content-security-policy"].startswith("default-src 'none'")
+    seen = http.get("/kvcache/v1/overview").json()
+    replicas = [replica for replica in seen["fleet"]["replicas"] if replica["live"]]
+    assert sum(replica["held_blocks"].get("gpu", 0) for replica in replicas) > 0
+    assert seen["traffic"]["compared"] > 0  # the tests before have asked
+    decisions = http.get("/kvcache/v1/decisions", params={"limit": "5"}).json()["decisions"]
+    assert {one["receipt"]["chosen"] for one in decisions} <= {replica["pod"] for replica in seen["fleet"]["replicas"]}
+
+
 def test_long_bodies(http: httpx.Client, openai_client: openai.OpenAI) -> None:
     """1 MiB is routed by its prefix; 9 MiB is more than the router gets to see, and is answered all the same."""
     messages = [{"role": "user", "content": story("Gil")}]

@@ -122,7 +122,7 @@ async def test_a_score_wants_the_key_of_its_salt(tmp_path: Path) -> None:
         ("secret", mine, 400),
     ):
         assert (await answer_of(scorer, body, key)).status_code == status, (key, body)
-    for path in ("/v1/pods", "/v1/receipts"):
+    for path in ("/v1/pods", "/v1/receipts", "/v1/overview", "/v1/decisions"):
         for key, status in (("", 401), ("secret", 403)):
             assert (await answer_of(scorer, b"", key, path)).status_code == status
 

@@ -5,8 +5,9 @@ import base64
 import msgspec
 
 from serve_app.routing.choice import Choice, Cost, Outcome
-from serve_app.routing.receipts import OPEN_MAX, Receipts, predicted_tokens, receipt
+from serve_app.routing.receipts import OPEN_MAX, TAIL_BLOCKS, Receipts, predicted_tokens, receipt, trail
 from serve_app.types import CPU, GPU, EncodedKeys, Found, PodId, PodMatch, Served
+from tests.helpers import keys
 
 A, B = PodId("a"), PodId("b")
 
@@ -76,7 +77,7 @@ def test_two_requests_of_one_id_are_not_taken_for_each_other() -> None:
 def test_open_receipts_are_bounded() -> None:
     receipts = Receipts()
     gone = [receipts.open(receipt(str(i), "r", 5.0, 0.0, A, choice(), None)) for i in range(OPEN_MAX + 2)]
-    assert [one.request_id for one in gone if one is not None] == ["0", "1"]
+    assert [one.receipt.request_id for one in gone if one is not None] == ["0", "1"]
 
 
 def test_a_receipt_holds_nothing_of_the_prompt() -> None:
@@ -87,3 +88,23 @@ def test_a_receipt_holds_nothing_of_the_prompt() -> None:
     made = msgspec.json.encode(receipt("id", "router", 5.0, 0.0002, A, choice(), known))
     for shown in (secret, base64.b64encode(secret)[:20], secret.hex().encode()):
         assert shown not in made
+
+
+def test_a_trail_names_blocks_1_2_4_and_the_last_ones() -> None:
+    def of(blocks: int) -> tuple[bytes, bytes]:
+        prompt = EncodedKeys(keys(*range(1, blocks + 1)), 32 * blocks, 0)
+        return trail(Found([prompt], [{}], 32))
+
+    assert of(0) == (b"", b"")
+    assert of(1) == (keys(1), keys(1))
+    assert of(11) == (keys(1, 2, 4, 8), keys(*range(1, 12)))
+    assert of(100) == (keys(1, 2, 4, 8, 16, 32, 64), keys(*range(101 - TAIL_BLOCKS, 101)))
+    two = EncodedKeys(keys(1), 32, 0)
+    assert trail(Found([two, two], [{}, {}], 32)) == trail(None) == (b"", b"")
+
+
+def test_the_newest_open_ones_come_first() -> None:
+    receipts = Receipts()
+    for name in "abc":
+        receipts.open(receipt(name, "r", 5.0, 0.0, A, choice(), found()))
+    assert [one.receipt.request_id for one in receipts.latest(2)] == ["c", "b"]
