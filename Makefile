@@ -113,6 +113,10 @@ bench-router: setup ## what a decision costs with 8, 64 and 256 replicas, and ho
 bench-score: setup ## what a score costs in process, over HTTP and gRPC, and in Ray's graph
 	@$(BIN)/python benchmarks/bench_score.py $(ARGS)
 
+.PHONY: docs
+docs: setup ## write docs/metrics.md and Grafana's dashboards again
+	@$(BIN)/python scripts/dashboards.py
+
 .PHONY: golden
 golden: setup ## write what the chart's examples render to into tests/golden again
 	@KVCACHE_GOLDEN=write $(BIN)/python -m pytest -q tests/unit/test_chart.py -k renders_as_it_did $(ARGS)
