@@ -1,4 +1,4 @@
-"""Writes serve_app/dashboards/*.json (Grafana) and docs/metrics.md, from the panels below and serve_app/metric_table.py.
+"""Writes serve_app/dashboards/*.json (Grafana) and docs/metrics.md: the panels below, and serve_app/metric_table.py.
 
     make docs
 
@@ -250,7 +250,10 @@ BOARDS: dict[str, tuple[str, Sequence[Panel]]] = {
                 "KV events by replica",
                 "That were put into the index.",
                 "short",
-                [(_rate('{kvcache_index_pod_events_total,result="applied"}', "pod"), "{{pod}}")],
+                [
+                    (_rate('{kvcache_index_pod_events_total,result="applied"}', "pod"), "{{pod}}"),
+                    (_rate('{kvcache_publisher_events_total,result="applied"}', "pod"), "{{pod}} by its publisher"),
+                ],
             ),
             _LOST,
             Panel(

@@ -1,7 +1,7 @@
 """Every metric that there is: its name, what it says, its labels. What makes them is elsewhere; docs/metrics.md is it.
 
-Names are by Prometheus' rules: base units, `_total` on what only rises. Ray puts `ray_` before them. The label `model` is
-on all but those of the publisher and the picker. Labels have few values: of replicas NAMED_MAX are named at a time.
+Names are by Prometheus' rules: base units, `_total` on what only rises. Ray puts `ray_` before them. The label `model`
+is on all but those of the publisher and the picker. Labels have few values: of replicas NAMED_MAX are named at a time.
 """
 
 from __future__ import annotations
@@ -97,7 +97,7 @@ STALE = Metric(
 POD_TRUST = Metric(
     "kvcache_index_pod_trust",
     Kind.GAUGE,
-    "1 for the trust that a pod has now (exact, degraded, stale), 0 for the others.",
+    "1 for the trust that a pod has now (exact, degraded, stale, unknown), 0 for the others.",
     ("pod", "trust"),
 )
 UNINDEXED_TIERS = Metric(
