@@ -55,15 +55,18 @@ class Registered:
 
     def get(self, metric: Metric) -> Counter | Gauge | Histogram:
         if metric.name not in self._by_name:
-            named = {"name": metric.name, "documentation": metric.text, "labelnames": ("model", *metric.labels)}
-            self._by_name[metric.name] = (
-                Counter(**named, registry=self._registry)
-                if metric.kind is Kind.COUNTER
-                else Gauge(**named, registry=self._registry)
-                if metric.kind is Kind.GAUGE
-                else Histogram(**named, registry=self._registry, buckets=tuple(metric.bounds))
-            )
+            self._by_name[metric.name] = self._new(metric)
         return self._by_name[metric.name]
+
+    def _new(self, metric: Metric) -> Counter | Gauge | Histogram:
+        name, text, labels = metric.name, metric.text, ("model", *metric.labels)
+        match metric.kind:
+            case Kind.COUNTER:
+                return Counter(name, text, labels, registry=self._registry)
+            case Kind.GAUGE:
+                return Gauge(name, text, labels, registry=self._registry)
+            case Kind.HISTOGRAM:
+                return Histogram(name, text, labels, registry=self._registry, buckets=tuple(metric.bounds))
 
     def show(self, metric: Metric, counts: Mapping[str, int]) -> None:
         """A counter of one label whose values are kept elsewhere, and read when somebody asks."""

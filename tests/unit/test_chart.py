@@ -329,6 +329,17 @@ def test_envoy_is_the_one_that_is_tested_with_other_addresses() -> None:
     assert found == {"engines": ("kvcache-vllm", 8000), "picker": ("kvcache-scores", 9002)}
 
 
+def test_rules_and_dashboards_are_those_of_the_package() -> None:
+    documents, folder = chart.example("rayservice-full"), chart.ROOT / "serve_app/dashboards"
+    assert chart.one(documents, "PrometheusRule", "llama")["spec"] == yaml.safe_load(
+        (folder / "rules.yaml").read_text()
+    )
+    boards = {path.name: json.loads(path.read_text()) for path in folder.glob("*.json")}
+    shipped = chart.one(documents, "ConfigMap", "llama-dashboards")["data"]
+    assert {name.removeprefix("kvcache-"): json.loads(text) for name, text in shipped.items()} == boards
+    assert len(boards) == 6
+
+
 def test_valkey_starts_with_its_users(tmp_path: Path) -> None:
     """The start script of the chart, with a real server: the passwords of the Secret hold, and nobody else gets in."""
     for name, text in chart.one(VLLM, "ConfigMap", "kvcache-valkey")["data"].items():
