@@ -149,8 +149,12 @@ bench-picker: setup ## what the Envoy endpoint picker adds to a request, over th
 soak: setup ## an hour of load: memory, file descriptors, Redis, truth (Ctrl-C ends it early; ARGS='--minutes 20', ARGS=--quick)
 	@$(BIN)/python benchmarks/soak.py $(ARGS)
 
+.PHONY: image-steps
+image-steps: setup ## run the steps of cluster/docker/Dockerfile in a clean folder, and try what they made (3 minutes)
+	@$(BIN)/python scripts/image_steps.py $(ARGS)
+
 .PHONY: lock
-lock: ## resolve pyproject.toml afresh and write constraints.txt and requirements.lock (with hashes)
+lock: ## resolve pyproject.toml afresh and write constraints.txt and the locks (with hashes)
 	@scripts/setup.sh --lock
 
 .PHONY: clean

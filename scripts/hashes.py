@@ -1,6 +1,6 @@
 """pip's report of an installation -> requirements with the hash of every file: `pip install --require-hashes -r`.
 
-In: the JSON that `pip install --dry-run --report` writes. Out, on stdout: one requirement a line, of this platform.
+In: the JSON that `pip install --dry-run --report` writes, the name of the file and its extras. Out, on stdout: one requirement a line, of this platform.
 """
 
 from __future__ import annotations
@@ -10,22 +10,21 @@ import sys
 from pathlib import Path
 
 HEAD = """\
-# What the package needs with its extras `serve` and `service` (no engine, no tools), with the hash of each file: for an
-# image, as
-#   pip install --require-hashes --no-deps -r requirements.lock && pip install --no-deps .
+# What `.[{extras}]` needs (no engine, no tools), with the hash of each file: for an image, as
+#   pip install --require-hashes --no-deps -r {file} && pip install --no-deps .
 # Python 3.11, Linux x86-64. Written by `make lock`, at the versions of constraints.txt. Do not edit by hand.
 """
 
 
-def main(report: str) -> None:
+def main(report: str, file: str, extras: str) -> None:
     lines = []
     for item in json.loads(Path(report).read_text())["install"]:
         archive = item["download_info"].get("archive_info")
         if archive is not None:  # otherwise it is the project's own folder
             name, version = item["metadata"]["name"].lower().replace("_", "-"), item["metadata"]["version"]
             lines.append(f"{name}=={version} --hash=sha256:{archive['hashes']['sha256']}")
-    print(HEAD + "\n".join(sorted(lines)))
+    print(HEAD.format(file=file, extras=extras) + "\n".join(sorted(lines)))
 
 
 if __name__ == "__main__":
-    main(sys.argv[1])
+    main(*sys.argv[1:])
