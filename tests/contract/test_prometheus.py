@@ -28,6 +28,8 @@ FOLDER = Path(__file__).parents[2] / "serve_app/dashboards"
 # Counted by what is not here: Ray's HAProxy, Envoy, an LMCache server, a tier beyond the GPU, a cap that is reached.
 NOT_HERE = ("kvcache_replica_", "kvcache_picker_", 'pod=~"node:', "unindexed_tiers", 'tier!="gpu"', "evicted_blocks")
 
+TOKENIZER_S = 120.0  # what loads it is imported first; on a busy machine that takes long
+
 
 class Prometheus:
     def __init__(self, folder: Path, *targets: str) -> None:
@@ -63,12 +65,12 @@ class Prometheus:
 
 
 @pytest.fixture
-def scores(redis_url: str) -> Iterator[str]:
+def scores(redis_url: str, tmp_path: Path) -> Iterator[str]:
     """host:port of a score service."""
     http, grpc = free_ports(2)
     listen = ["--http", f"127.0.0.1:{http}", "--grpc", f"127.0.0.1:{grpc}"]
     options = ["-m", "serve_app.cli", "serve-scores", "--model", MODEL, "--redis", redis_url, *listen]
-    process = subprocess.Popen([sys.executable, *options], stderr=subprocess.DEVNULL)
+    process = subprocess.Popen([sys.executable, *options], stderr=(tmp_path / "scores.log").open("wb"))
     yield f"127.0.0.1:{http}"
     process.terminate()
     process.wait(20)
@@ -84,7 +86,13 @@ def is_ready(scores: str) -> bool:
 def load(fleet: Fleet, scores: str, seconds: float) -> None:
     """Choices, and what came of them; every third cannot be read. One pod loses events."""
     pods = [fleet.join_plain(name, holds=3) for name in ("a", "b")]
-    eventually(lambda: is_ready(scores), START_S)
+
+    def beat(number: int) -> None:
+        for pod in pods:
+            counted = HeartbeatRecord(pod.epoch, events_applied=number, events_lost=number, beat=number)
+            fleet.writer.heartbeat(pod.id, counted)
+
+    eventually(lambda: beat(0) or is_ready(scores), TOKENIZER_S)  # type: ignore[func-returns-value]
     until, number = time.monotonic() + seconds, 0
     with KVCacheClient(f"http://{scores}") as kv:
         while time.monotonic() < until:
@@ -92,9 +100,7 @@ def load(fleet: Fleet, scores: str, seconds: float) -> None:
             request = {"model": MODEL, "prompt": TOKENS} if number % 3 else {"model": MODEL, "messages": "none"}
             chosen = kv.choose(request, request_id=f"r{number}")
             kv.done(f"r{number}", chosen.chosen.pod, prompt_tokens=len(TOKENS), cached_tokens=8)
-            for pod in pods:
-                beat = HeartbeatRecord(pod.epoch, events_applied=number, events_lost=number, beat=number)
-                fleet.writer.heartbeat(pod.id, beat)
+            beat(number)
             time.sleep(0.05)
 
 
