@@ -1,6 +1,7 @@
 """pip's report of an installation -> requirements with the hash of every file: `pip install --require-hashes -r`.
 
-In: the JSON that `pip install --dry-run --report` writes, the name of the file and its extras. Out, on stdout: one requirement a line, of this platform.
+In: the JSON that `pip install --dry-run --report` writes, the name of the file and its extras. Out, on stdout:
+one requirement a line, of this platform.
 """
 
 from __future__ import annotations
