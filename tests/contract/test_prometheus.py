@@ -25,6 +25,8 @@ from tests.engine import Engine
 from tests.helpers import eventually
 from tests.vllm_api import Api
 
+pytestmark = pytest.mark.integration
+
 FOLDER = Path(__file__).parents[2] / "serve_app/dashboards"
 # Counted by what is not here: Ray's HAProxy, Envoy, an LMCache server, a tier beyond the GPU, a cap that is reached.
 NOT_HERE = ("kvcache_replica_", "kvcache_picker_", 'pod=~"node:', "unindexed_tiers", 'tier!="gpu"', "evicted_blocks")
@@ -129,6 +131,8 @@ def test_panels_have_data_and_rules_are_evaluated(
         assert {rule["name"]: rule["health"] for rule in rules} == {rule["name"]: "ok" for rule in rules}
         active = {rule["name"] for rule in rules if rule["state"] in {"pending", "firing"}}
         assert active >= {"KVCacheFallbacks", "KVCacheTrustNotExact", "KVCacheEventsLost", "KVCachePredictionWrong"}
+        for exporter in (scores, sidecar.health):
+            check_by_the_rules_of_prometheus(httpx.get(f"http://{exporter}/metrics").text)
     finally:
         watching.process.terminate()
         watching.process.wait(20)
@@ -140,9 +144,7 @@ def panel_queries() -> list[str]:
     return [each["expr"].replace("$__rate_interval", "10s").replace("$model", ".*") for each in targets]
 
 
-def test_what_is_exported_is_by_the_rules_of_prometheus(fleet: Fleet, scores: str) -> None:
-    load(fleet, scores, 1.5)
-    text = httpx.get(f"http://{scores}/metrics").text
+def check_by_the_rules_of_prometheus(text: str) -> None:
     program = prometheus.folder() / "promtool"
     done = subprocess.run([program, "check", "metrics"], input=text, capture_output=True, text=True, check=False)
     assert done.stdout + done.stderr == ""
