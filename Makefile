@@ -117,6 +117,14 @@ bench-router: setup ## what a decision costs with 8, 64 and 256 replicas, and ho
 bench-score: bench-setup ## what a score costs in process, over HTTP and gRPC, in Ray's graph; Dynamo's indexer beside it
 	@$(BIN)/python benchmarks/bench_score.py $(ARGS)
 
+.PHONY: docs
+docs: setup ## write docs/metrics.md and Grafana's dashboards again
+	@$(BIN)/python scripts/dashboards.py
+
+.PHONY: golden
+golden: setup ## write what the chart's examples render to into tests/golden again
+	@KVCACHE_GOLDEN=write $(BIN)/python -m pytest -q tests/unit/test_chart.py -k renders_as_it_did $(ARGS)
+
 .PHONY: protos
 protos: ## write the modules of serve_app/protos again (needs grpcio-tools)
 	@PYTHON=$(BIN)/python scripts/protos.sh
@@ -145,8 +153,12 @@ bench-picker: setup ## what the Envoy endpoint picker adds to a request, over th
 soak: setup ## an hour of load: memory, file descriptors, Redis, truth (Ctrl-C ends it early; ARGS='--minutes 20', ARGS=--quick)
 	@$(BIN)/python benchmarks/soak.py $(ARGS)
 
+.PHONY: image-steps
+image-steps: setup ## run the steps of cluster/docker/Dockerfile in a clean folder, and try what they made (3 minutes)
+	@$(BIN)/python scripts/image_steps.py $(ARGS)
+
 .PHONY: lock
-lock: ## resolve pyproject.toml afresh and write constraints.txt, constraints-gpu.txt and requirements.lock (with hashes)
+lock: ## resolve pyproject.toml afresh and write constraints.txt, constraints-gpu.txt and the locks (with hashes)
 	@scripts/setup.sh --lock
 
 .PHONY: clean

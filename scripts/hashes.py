@@ -1,7 +1,8 @@
 """pip's report of an installation -> requirements with the hash of every file: `pip install --require-hashes -r`.
 
-In: the JSON that `pip install --dry-run --report` writes. Out, on stdout: one requirement a line, of this platform.
-With --versions before it the hashes and the head are left out: lines of a constraints file.
+In: the JSON that `pip install --dry-run --report` writes, the name of the file and its extras. Out, on stdout:
+one requirement a line, of this platform. With --versions instead of a name the head and the hashes are left out: lines
+of a constraints file.
 """
 
 from __future__ import annotations
@@ -11,14 +12,13 @@ import sys
 from pathlib import Path
 
 HEAD = """\
-# What the package needs with its extras `serve` and `service` (no engine, no tools), with the hash of each file: for an
-# image, as
-#   pip install --require-hashes --no-deps -r requirements.lock && pip install --no-deps .
+# What `.[{extras}]` needs (no engine, no tools), with the hash of each file: for an image, as
+#   pip install --require-hashes --no-deps -r {file} && pip install --no-deps .
 # Python 3.11, Linux x86-64. Written by `make lock`, at the versions of constraints.txt. Do not edit by hand.
 """
 
 
-def main(report: str, with_hashes: bool) -> None:
+def main(report: str, file: str, extras: str = "") -> None:
     lines = []
     for item in json.loads(Path(report).read_text())["install"]:
         archive = item["download_info"].get("archive_info")
@@ -26,12 +26,14 @@ def main(report: str, with_hashes: bool) -> None:
             continue
         name, version = item["metadata"]["name"].lower().replace("_", "-"), item["metadata"]["version"]
         lines.append(
-            f"{name}=={version} --hash=sha256:{archive['hashes']['sha256']}"
-            if with_hashes
-            else f"{name}=={version.partition('+')[0]}"  # 2.13.0 is that of every build
+            f"{name}=={version.partition('+')[0]}"  # 2.13.0 is that of every build
+            if file == "--versions"
+            else f"{name}=={version} --hash=sha256:{archive['hashes']['sha256']}"
         )
-    print((HEAD if with_hashes else "") + "\n".join(sorted(lines)))
+    head = "" if file == "--versions" else HEAD.format(file=file, extras=extras)
+    print(head + "
+".join(sorted(lines)))
 
 
 if __name__ == "__main__":
-    main(sys.argv[-1], with_hashes="--versions" not in sys.argv)
+    main(*sys.argv[1:])

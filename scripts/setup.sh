@@ -4,7 +4,7 @@
 #   scripts/setup.sh            install; a second run finds its stamp and ends at once
 #   scripts/setup.sh --repair   install again and check again, whatever the stamp says
 #   scripts/setup.sh --lock     resolve pyproject.toml afresh in a scratch environment, write constraints.txt,
-#                               constraints-gpu.txt, and requirements.lock with the hashes of what the package needs
+#                               constraints-gpu.txt, and both locks with the hashes of what the package needs
 #                               without an engine
 #
 # KVCACHE_VENV    folder of the environment (default: .venv in this repository)
@@ -160,20 +160,24 @@ lock_constraints() {
     cp "$scratch/constraints.txt" constraints.txt
     say "hashing what the package needs without an engine"
     make_venv "$python" "$scratch/base"
-    pip_install "$scratch/base" --dry-run --ignore-installed --report "$scratch/report.json" -c constraints.txt \
-        ".[serve,service]"
-    "$python" scripts/hashes.py "$scratch/report.json" >"$scratch/requirements.lock"
-    cp "$scratch/requirements.lock" requirements.lock
+    lock_extras requirements.lock serve,service
+    lock_extras requirements-service.lock service
     say "resolving the extra gpu at the same versions"
     grep -Ev "$NOT_FOR_CUDA" constraints.txt >"$scratch/shared.txt"
     pip_install "$scratch/base" --dry-run --ignore-installed --report "$scratch/gpu.json" -c "$scratch/shared.txt" \
         ".[gpu]"
     {
         sed -n '/^#/p;/^#/!q' constraints-gpu.txt
-        { grep -v '^#' "$scratch/shared.txt"; "$python" scripts/hashes.py --versions "$scratch/gpu.json"; } | sort -u
+        { grep -v '^#' "$scratch/shared.txt"; "$python" scripts/hashes.py "$scratch/gpu.json" --versions; } | sort -u
     } >"$scratch/constraints-gpu.txt"
     cp "$scratch/constraints-gpu.txt" constraints-gpu.txt
-    say "wrote constraints.txt ($(grep -vc '^#' constraints.txt) packages), constraints-gpu.txt and requirements.lock"
+    say "wrote constraints.txt ($(grep -vc '^#' constraints.txt) packages), constraints-gpu.txt and both locks"
+}
+
+lock_extras() { # $1 file, $2 extras
+    pip_install "$scratch/base" --dry-run --ignore-installed --report "$scratch/report.json" -c constraints.txt ".[$2]"
+    "$python" scripts/hashes.py "$scratch/report.json" "$1" "$2" >"$scratch/$1"
+    cp "$scratch/$1" "$1"
 }
 
 # What the environment depends on. Its path is the first line: one that was copied or moved with its tree points at the

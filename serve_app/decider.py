@@ -262,7 +262,7 @@ class Decider:
         pods = self._pods(replicas)
         self.chooser.keep_only(pods)
         if self._metrics is not None:
-            self._metrics.named.keep_only(pods)
+            self._metrics.keep_only(pods)
 
     # -- inside ---------------------------------------------------------------------------------------------------
 

@@ -5,37 +5,41 @@ Counters of the hot path are plain integers, handed over once per second: a Ray 
 
 import logging
 import threading
+import time
 from collections import Counter as Tally
+from collections import deque
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Protocol
 
+from serve_app import metric_table as table
+from serve_app.index.keyspace import HeartbeatRecord
 from serve_app.index.mirror import Mirror
 from serve_app.loop_watch import LoopWatch
+from serve_app.metric_table import NAMED_MAX, Metric
 from serve_app.routing.receipts import Receipt
 from serve_app.supervision import Backoff, LoopGuard
-from serve_app.types import Tier, Trust
+from serve_app.types import Domain, Tier, Trust
 
 logger = logging.getLogger(__name__)
 
 FLUSH_S = 1.0
-NAMED_MAX = 64  # replicas that a metric names at a time
-_LATENCY_BOUNDARIES_S = [0.0001, 0.0002, 0.0005, 0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0]
-_TTFT_BOUNDARIES_S = [0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0, 20.0, 60.0]
-_TOKEN_BOUNDARIES = [0.5, 32, 128, 512, 2048, 8192, 32768]
+LAG_FLUSHES = 30  # whoever scrapes every 30 s misses no lag
 
 
-Record = Callable[[float, Mapping[str, str]], None]
-"""(value, labels): a step of a counter, what a gauge shows now, or an observation of a histogram."""
+class Record(Protocol):
+    """A step of a counter, what a gauge shows now, or an observation of a histogram."""
+
+    def __call__(self, value: float, labels: Mapping[str, str]) -> None: ...
+
+    def forget(self, labels: Mapping[str, str]) -> None:
+        """What has these labels is gone: it is 0 once more, or not shown any longer."""
+        ...
 
 
 class Instruments(Protocol):
     """Makes them. The label `model` is on each without being named."""
 
-    def counter(self, name: str, text: str, labels: Sequence[str] = ()) -> Record: ...
-
-    def gauge(self, name: str, text: str, labels: Sequence[str] = ()) -> Record: ...
-
-    def histogram(self, name: str, text: str, boundaries: Sequence[float], labels: Sequence[str] = ()) -> Record: ...
+    def make(self, metric: Metric) -> Record: ...
 
 
 class _Every:
@@ -71,9 +75,11 @@ class Named:
             self._names.add(replica)
         return replica
 
-    def keep_only(self, replicas: Iterable[str]) -> None:
-        """These are there; the places of others are free."""
-        self._names &= set(replicas)
+    def keep_only(self, replicas: Iterable[str]) -> set[str]:
+        """These are there; the places of others are free. Returns the others."""
+        gone = self._names - set(replicas)
+        self._names -= gone
+        return gone
 
 
 class RouterMetrics:
@@ -82,49 +88,17 @@ class RouterMetrics:
     def __init__(self, make: Instruments) -> None:
         self._decisions: Tally[tuple[str, str]] = Tally()
         self._tokens: Tally[str] = Tally()
-        self._decision_counter = make.counter(
-            "kvcache_router_decisions_total",
-            "Routing decisions, by what they rested on (hit, miss, fallback, baseline) and why.",
-            labels=("outcome", "reason"),
-        )
-        self._prompt_counter = make.counter(
-            "kvcache_router_prompt_tokens_total",
-            "Prompt tokens of scored requests.",
-        )
-        self._matched_counter = make.counter(
-            "kvcache_router_matched_tokens_total",
-            "Prompt tokens that the chosen replica held, by tier.",
-            labels=("tier",),
-        )
-        self._latency = make.histogram(
-            "kvcache_router_stage_latency_seconds",
-            "Time of a decision by stage (prompt, index), and as a whole (total).",
-            boundaries=_LATENCY_BOUNDARIES_S,
-            labels=("stage",),
-        )
+        self._decision_counter = make.make(table.DECISIONS)
+        self._prompt_counter = make.make(table.PROMPT_TOKENS)
+        self._matched_counter = make.make(table.MATCHED_TOKENS)
+        self._latency = make.make(table.STAGE_LATENCY)
         self._cached: Tally[tuple[str, str]] = Tally()
-        self._cached_counter = make.counter(
-            "kvcache_router_cached_tokens_total",
-            "Prompt tokens from the replica's cache: as predicted, and as the engine says (actual).",
-            labels=("replica", "kind"),
-        )
-        self._error = make.histogram(
-            "kvcache_router_prediction_error_tokens",
-            "Difference of predicted and actual cached tokens of a request.",
-            boundaries=_TOKEN_BOUNDARIES,
-            labels=("replica",),
-        )
-        self._ttft = make.histogram(
-            "kvcache_router_ttft_seconds",
-            "Time to first token by the engine's figures: queue and prefill.",
-            boundaries=_TTFT_BOUNDARIES_S,
-            labels=("replica",),
-        )
-        self._lag = make.gauge(
-            "kvcache_router_loop_lag_seconds",
-            "How late the router's event loop was at worst, in the last second.",
-        )
-        self.named = Named()
+        self._cached_counter = make.make(table.CACHED_TOKENS)
+        self._error = make.make(table.PREDICTION_ERROR)
+        self._ttft = make.make(table.TTFT)
+        self._lag = make.make(table.LOOP_LAG)
+        self._worst_s: deque[float] = deque((0.0,), LAG_FLUSHES)
+        self._named = Named()
         self._loop: LoopWatch | None = None
         self._lock = threading.Lock()
         self._flusher = _Every(FLUSH_S, self.flush)
@@ -132,6 +106,14 @@ class RouterMetrics:
     def watch(self, loop: LoopWatch) -> None:
         """Report how late this loop is."""
         self._loop = loop
+
+    def keep_only(self, replicas: Iterable[str]) -> None:
+        """Of others nothing is shown any longer."""
+        for replica in self._named.keep_only(replicas):
+            for kind in ("predicted", "actual"):
+                self._cached_counter.forget({"kind": kind, "replica": replica})
+            self._error.forget({"replica": replica})
+            self._ttft.forget({"replica": replica})
 
     def decided(self, outcome: str, reason: str, total_s: float) -> None:
         with self._lock:
@@ -143,7 +125,7 @@ class RouterMetrics:
         actual = complete.actual
         if actual is None or not complete.prompt_tokens or complete.incomplete or not complete.one_sequence:
             return
-        replica = self.named.label(complete.chosen)
+        replica = self._named.label(complete.chosen)
         with self._lock:
             self._cached["predicted", replica] += complete.predicted_cached_tokens
             self._cached["actual", replica] += actual.cached_tokens
@@ -161,7 +143,8 @@ class RouterMetrics:
 
     def flush(self) -> None:
         if self._loop is not None:
-            self._lag(self._loop.take_worst(), {})
+            self._worst_s.append(self._loop.take_worst())
+        self._lag(max(self._worst_s), {})
         with self._lock:
             decisions, self._decisions = self._decisions, Tally()
             tokens, self._tokens = self._tokens, Tally()
@@ -178,19 +161,21 @@ class RouterMetrics:
                 self._matched_counter(count, {"tier": name.removeprefix("matched ")})
 
 
-class _Now:
-    """A gauge of what holds now: 1 or 0, and 0 once more for what is gone."""
+class _Shown:
+    """A gauge with labels. It is set at every flush: Ray drops what is not set for two export intervals."""
 
-    def __init__(self, gauge: Record, tags: tuple[str, ...]) -> None:
-        self._gauge = gauge
-        self._tags = tags
-        self._shown: Iterable[tuple[str, ...]] = ()
+    def __init__(self, make: Instruments, metric: Metric) -> None:
+        self._gauge = make.make(metric)
+        self._labels = metric.labels
+        self._shown: set[tuple[str, ...]] = set()
 
-    def show(self, now: Mapping[tuple[str, ...], bool]) -> None:
-        """At every flush: Ray drops a gauge that is not set for two export intervals."""
-        for key, holds in {**dict.fromkeys(self._shown, False), **now}.items():
-            self._gauge(float(holds), dict(zip(self._tags, key, strict=True)))
-        self._shown = list(now)
+    def show(self, now: Mapping[tuple[str, ...], float]) -> None:
+        """Label values -> value; what was shown and is not among them is gone."""
+        for key, value in now.items():
+            self._gauge(value, dict(zip(self._labels, key, strict=True)))
+        for key in self._shown - now.keys():
+            self._gauge.forget(dict(zip(self._labels, key, strict=True)))
+        self._shown = set(now)
 
 
 class IndexMetrics:
@@ -200,86 +185,61 @@ class IndexMetrics:
         self._mirror = mirror
         self._named = Named()
         self._sent: Tally[tuple[str, str]] = Tally()
-        self._blocks = make.gauge(
-            "kvcache_index_blocks",
-            "Distinct blocks in the mirror, by tier.",
-            labels=("tier",),
-        )
-        self._pods = make.gauge(
-            "kvcache_index_pods",
-            "Live pods.",
-        )
-        self._lag = make.gauge(
-            "kvcache_index_log_lag_seconds",
-            "Age of the newest log entry when the mirror applied it.",
-        )
-        self._stale = make.gauge(
-            "kvcache_index_stale_seconds",
-            "Time since Redis last answered the mirror.",
-        )
-        self._trust = _Now(
-            make.gauge(
-                "kvcache_index_pod_trust",
-                "1 for the trust that each pod has now (exact, degraded, stale), 0 for the others.",
-                labels=("pod", "trust"),
-            ),
-            ("pod", "trust"),
-        )
-        self._unindexed = _Now(
-            make.gauge(
-                "kvcache_index_unindexed_tiers",
-                "1 for a tier that a pod uses and that the index does not follow (why: in its record), 0 once it does.",
-                labels=("pod", "tier"),
-            ),
-            ("pod", "tier"),
-        )
-        self._entries = make.counter(
-            "kvcache_index_log_entries_total",
-            "Log entries applied, by kind; loads, gaps, errors.",
-            labels=("kind",),
-        )
-        self._evicted = make.counter(
-            "kvcache_index_evicted_blocks_total",
-            "Blocks evicted by the cap.",
-        )
-        self._events = make.counter(
-            "kvcache_publisher_events_total",
-            "KV events by pod and result: applied, lost, or skipped with the reason.",
-            labels=("pod", "result"),
-        )
+        self._pod_sent: Tally[tuple[str, str]] = Tally()  # by pod and result
+        self._started_s = time.monotonic()
+        self._blocks = _Shown(make, table.BLOCKS)
+        self._pods = make.make(table.PODS)
+        self._lag = make.make(table.LOG_LAG)
+        self._stale = make.make(table.STALE)
+        self._trust = _Shown(make, table.POD_TRUST)
+        self._unindexed = _Shown(make, table.UNINDEXED_TIERS)
+        self._entries = make.make(table.LOG_ENTRIES)
+        self._evicted = make.make(table.EVICTED_BLOCKS)
+        self._events = make.make(table.POD_EVENTS)
         self._flusher = _Every(FLUSH_S, self.flush)
 
     def flush(self) -> None:
         mirror = self._mirror
-        for tier, count in mirror.block_counts().items():
-            self._blocks(count, {"tier": tier})
+        self._blocks.show({(str(tier),): count for tier, count in mirror.block_counts().items()})
         self._pods(len(mirror.pods()), {})
         self._lag(mirror.lag_s, {})
-        if mirror.stale_for_s() != float("inf"):
-            self._stale(mirror.stale_for_s(), {})
+        self._stale(min(mirror.stale_for_s(), time.monotonic() - self._started_s), {})
         for kind, count in list(mirror.counters.items()):
-            self._up_to(self._entries, count, ("entries", kind), {"kind": kind})
-        self._up_to(self._evicted, mirror.evicted_blocks, ("evicted", ""), {})
+            self._up_to(self._entries, count, self._sent, ("entries", kind), {"kind": kind})
+        self._up_to(self._evicted, mirror.evicted_blocks, self._sent, ("evicted", ""), {})
         domains = mirror.domains()
-        trust = {domain.pod: mirror.trust(domain.pod) for domain, _, _ in domains if domain.pod is not None}
+        self._show_pods([domain for domain, _, _ in domains])
+        self._count_events({domain.pod or domain.id: heartbeat for domain, _, heartbeat in domains})
+
+    def _show_pods(self, domains: Sequence[Domain]) -> None:
+        trust = {domain.pod: self._mirror.trust(domain.pod) for domain in domains if domain.pod is not None}
         # In a large fleet those that are well are too many to be named.
         named = sorted(trust, key=lambda pod: (trust[pod] is Trust.EXACT, pod))[:NAMED_MAX]
         self._trust.show({(pod, each): each == trust[pod] for pod in named for each in Trust})
-        self._unindexed.show({(d.pod or d.id, tier): True for d, _, _ in domains for tier in d.unindexed})
-        self._named.keep_only(domain.pod or domain.id for domain, _, _ in domains)
-        for domain, _, heartbeat in domains:
+        unindexed = sorted((domain.pod or domain.id, tier) for domain in domains for tier in domain.unindexed)
+        self._unindexed.show(dict.fromkeys(unindexed[:NAMED_MAX], 1))
+
+    def _count_events(self, heartbeats: Mapping[str, HeartbeatRecord | None]) -> None:
+        """Args: heartbeats: by pod; a domain that several share stands for itself."""
+        gone = self._named.keep_only(heartbeats)
+        for name, result in [key for key in self._pod_sent if key[0] not in heartbeats]:
+            del self._pod_sent[name, result]
+            if name in gone:
+                self._events.forget({"pod": name, "result": result})
+        for name, heartbeat in heartbeats.items():
             if heartbeat is None:
                 continue
-            name = domain.pod or domain.id  # a shared domain stands for itself
             label = self._named.label(name)
             results = {"applied": heartbeat.events_applied, "lost": heartbeat.events_lost, **heartbeat.events_skipped}
             for result, count in results.items():
-                self._up_to(self._events, count, (name, result), {"pod": label, "result": result})
+                self._up_to(self._events, count, self._pod_sent, (name, result), {"pod": label, "result": result})
 
-    def _up_to(self, counter: Record, total: int, key: tuple[str, str], tags: dict[str, str]) -> None:
-        """Raise a Ray counter to a total that is kept elsewhere. A total that fell has started again from 0."""
-        sent = self._sent[key]
-        step = total - sent if total >= sent else total
-        self._sent[key] = total
+    @staticmethod
+    def _up_to(
+        counter: Record, total: int, sent: Tally[tuple[str, str]], key: tuple[str, str], tags: dict[str, str]
+    ) -> None:
+        """Raise a counter to a total that is kept elsewhere. A total that fell has started again from 0."""
+        before, sent[key] = sent[key], total
+        step = total - before if total >= before else total
         if step > 0:
             counter(step, tags)

@@ -7,13 +7,14 @@ whether the engine has seen it or not; and a count of requests that no router ha
 
 from collections.abc import Callable
 
-from ray.util.metrics import Counter
 from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from serve_app.config import MATCHED_HEADER, REASON_HEADER, REPLICA_HEADER
 from serve_app.deployments import rank_header
+from serve_app.deployments.ray_host import RayInstruments
 from serve_app.haproxy import UNROUTED_HEADER, UNROUTED_REASONS
+from serve_app.metric_table import UNROUTED
 
 
 class AnswerHeaders:
@@ -39,11 +40,7 @@ class AnswerHeaders:
         self._ranks = ranks
         self._echoed = (MATCHED_HEADER, REASON_HEADER) if explain else ()
         self._over = over
-        self._unrouted = Counter(
-            "kvcache_replica_unrouted_requests_total",
-            "Requests that HAProxy has balanced plainly because no router named a replica, by reason.",
-            tag_keys=("model", "reason"),
-        ).set_default_tags({"model": model})
+        self._unrouted = RayInstruments(model).make(UNROUTED)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -51,7 +48,7 @@ class AnswerHeaders:
             return
         request = Headers(scope=scope)
         if (reason := request.get(UNROUTED_HEADER)) in UNROUTED_REASONS:
-            self._unrouted.inc(1, {"reason": reason})
+            self._unrouted(1, {"reason": reason})
 
         async def send_named(message: Message) -> None:
             if message["type"] == "http.response.start":

@@ -1,7 +1,7 @@
 """What a Decider is given in a process of Ray: the embedded Valkey, Ray's metrics, stages in other deployments."""
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping
 
 from ray.util.metrics import Counter, Gauge, Histogram
 
@@ -11,6 +11,7 @@ from serve_app.deployments.embedded_redis import resolve_redis_url
 from serve_app.deployments.stages import RemoteIndex, RemotePrompts, graph_handle, remote_tokenize
 from serve_app.index.mirror import Mirror
 from serve_app.indexer import IndexStage, PromptStage
+from serve_app.metric_table import Kind, Metric
 from serve_app.metrics import Record
 
 
@@ -18,20 +19,34 @@ class RayInstruments:
     """In the Ray dashboard, and on every node's Prometheus endpoint with prefix `ray_`."""
 
     def __init__(self, model: str) -> None:
-        self._tags = {"model": model}
+        self._model = model
 
-    def counter(self, name: str, text: str, labels: Sequence[str] = ()) -> Record:
-        record: Record = Counter(name, text, tag_keys=("model", *labels)).set_default_tags(self._tags).inc
-        return record
+    def make(self, metric: Metric) -> Record:
+        labels = ("model", *metric.labels)
+        made: Counter | Gauge | Histogram
+        match metric.kind:
+            case Kind.COUNTER:
+                made = Counter(metric.name, metric.text, tag_keys=labels)
+            case Kind.GAUGE:
+                made = Gauge(metric.name, metric.text, tag_keys=labels)
+            case Kind.HISTOGRAM:
+                made = Histogram(metric.name, metric.text, boundaries=list(metric.bounds), tag_keys=labels)
+        made.set_default_tags({"model": self._model})
+        return _Record(made)
 
-    def gauge(self, name: str, text: str, labels: Sequence[str] = ()) -> Record:
-        record: Record = Gauge(name, text, tag_keys=("model", *labels)).set_default_tags(self._tags).set
-        return record
 
-    def histogram(self, name: str, text: str, boundaries: Sequence[float], labels: Sequence[str] = ()) -> Record:
-        made = Histogram(name, text, boundaries=list(boundaries), tag_keys=("model", *labels))
-        record: Record = made.set_default_tags(self._tags).observe
-        return record
+class _Record:
+    def __init__(self, made: Counter | Gauge | Histogram) -> None:
+        self._made = made
+        self._record = made.inc if isinstance(made, Counter) else made.set if isinstance(made, Gauge) else made.observe
+
+    def __call__(self, value: float, labels: Mapping[str, str]) -> None:
+        self._record(value, dict(labels))
+
+    def forget(self, labels: Mapping[str, str]) -> None:
+        """Ray can take nothing away. A gauge goes by itself when it is not set; until then it is 0."""
+        if isinstance(self._made, Gauge):
+            self._made.set(0.0, dict(labels))
 
 
 class RayHost:

@@ -19,6 +19,7 @@ from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, generate_l
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
+from serve_app import metric_table as table
 from serve_app.errors import ConfigError
 from serve_app.events.publisher import Report
 
@@ -143,49 +144,37 @@ class _Metrics(Collector):
 
     def collect(self) -> Iterator[Metric]:
         now, now_s = self._look(), time.monotonic()
-        yield _gauge("engine_up", "Whether the engine's server answers.", float(now.up))
-        yield _gauge("ready", "Whether all records are in Redis.", float(not now.missing(now_s)))
-        yield _counter("engine_lives", "Lives of the engine that were published.", [((), now.lives)])
-        yield _counter(
-            "scrapes",
-            "Scrapes of the engine's metrics.",
-            (((result,), n) for result, n in now.scrapes.items()),
-            "result",
-        )
+        yield _family(table.ENGINE_UP, [((), now.up)])
+        yield _family(table.READY, [((), not now.missing(now_s))])
+        yield _family(table.ENGINE_LIVES, [((), now.lives)])
+        yield _family(table.SCRAPES, (((result,), n) for result, n in now.scrapes.items()))
         told = [(pod, pod.report) for pod in now.pods if pod.report is not None]
-        yield _counter(
-            "events",
-            "KV events by what became of them: applied, lost (batches), or why skipped.",
+        yield _family(
+            table.PUBLISHER_EVENTS,
             (
                 ((pod.name, result), count)
                 for pod, report in told
                 for result, count in {"applied": report.applied, "lost": report.lost, **report.skipped}.items()
             ),
-            *("pod", "result"),
         )
-        yield _counter("joins", "Times that everything was published.", (((p.name,), r.joins) for p, r in told), "pod")
-        for name, text, values in (
-            ("blocks", "Blocks that the engine holds.", [(p, r.blocks) for p, r in told]),
-            ("joined", "Whether the pod's record is in Redis.", [(p, r.joined) for p, r in told]),
-            ("degraded", "Whether what is believed may be wrong.", [(p, r.degraded) for p, r in told]),
+        yield _family(table.JOINS, (((pod.name,), report.joins) for pod, report in told))
+        yield _family(table.HELD_BLOCKS, (((pod.name,), report.blocks) for pod, report in told))
+        yield _family(table.JOINED, (((pod.name,), report.joined) for pod, report in told))
+        yield _family(table.DEGRADED, (((pod.name,), report.degraded) for pod, report in told))
+        yield _family(
+            table.HEARTBEAT_AGE,
             (
-                "heartbeat_age_seconds",
-                "Since Redis has confirmed the last heartbeat.",
-                [(p, r.heartbeat_age_s + now_s - p.heard_at_s) for p, r in told if r.heartbeat_age_s >= 0],
+                ((pod.name,), report.heartbeat_age_s + now_s - pod.heard_at_s)
+                for pod, report in told
+                if report.heartbeat_age_s >= 0
             ),
-        ):
-            family = GaugeMetricFamily(f"kvcache_publisher_{name}", text, labels=["pod"])
-            for pod, value in values:
-                family.add_metric([pod.name], value)
-            yield family
+        )
 
 
-def _gauge(name: str, text: str, value: float) -> Metric:
-    return GaugeMetricFamily(f"kvcache_publisher_{name}", text, value=value)
-
-
-def _counter(name: str, text: str, values: Iterable[tuple[tuple[str, ...], float]], *labels: str) -> Metric:
-    family = CounterMetricFamily(f"kvcache_publisher_{name}", text, labels=labels)
-    for label_values, value in values:
-        family.add_metric(list(label_values), value)
+def _family(metric: table.Metric, values: Iterable[tuple[tuple[str, ...], float]]) -> Metric:
+    """Args: values: those of its labels, and its own."""
+    kind = CounterMetricFamily if metric.kind is table.Kind.COUNTER else GaugeMetricFamily
+    family = kind(metric.name, metric.text, labels=metric.labels)
+    for labels, value in values:
+        family.add_metric(list(labels), float(value))
     return family

@@ -26,6 +26,7 @@ from serve_app.decider import Decider, local_stages
 from serve_app.errors import ConfigError
 from serve_app.index.mirror import Mirror
 from serve_app.indexer import IndexStage, PromptStage
+from serve_app.metric_table import PICKER_REQUESTS
 from serve_app.ports import is_loopback
 from serve_app.service.backend import LocalBackend
 from serve_app.service.config import ServiceConfig, TLSSettings
@@ -179,9 +180,7 @@ class ScoreServer:
         server = grpc.aio.server(options=[*server_options(most), ("grpc.so_reuseport", int(config.workers > 1))])
         chooser = PodChooser(self.service, self._models[0], config.lease_s, logger)
         counters: Counter[str] = Counter()
-        self._registered.show(
-            "kvcache_picker_requests", "What Envoy's requests met with (service/ext_proc.py).", "kind", counters
-        )
+        self._registered.show(PICKER_REQUESTS, counters)
         add_picker(server, chooser, max_body_bytes=most, counters=counters)
         health_pb2_grpc.add_HealthServicer_to_server(self._grpc_health, server)
         self.picker_port = add_port(server, config.picker, config.tls)

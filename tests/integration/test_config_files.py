@@ -23,6 +23,7 @@ from serve_app.app import build_kvcache, build_llm, build_openai_app
 from serve_app.config import GraphArgs, LLMArgs, OpenAIArgs
 from serve_app.errors import ConfigError
 from serve_app.model import fast_dtype
+from tests import chart
 
 pytestmark = pytest.mark.integration
 
@@ -32,9 +33,10 @@ ROOT = Path(__file__).parents[2]
 def serve_configs() -> dict[str, dict[str, Any]]:
     paths = sorted([*(ROOT / "configs").glob("*.yaml"), *(ROOT / "examples").glob("*/*.yaml")])
     found = {"/".join(path.relative_to(ROOT).parts[1:]): yaml.safe_load(path.read_text()) for path in paths}
-    for document in yaml.safe_load_all((ROOT / "cluster/kubernetes/rayservice.yaml").read_text()):
-        if document["kind"] == "RayService":
-            found["rayservice.yaml"] = yaml.safe_load(document["spec"]["serveConfigV2"])
+    for example in ("rayservice", "rayservice-full"):
+        for document in chart.example(example):
+            if document["kind"] == "RayService":
+                found[f"helm/{example}"] = yaml.safe_load(document["spec"]["serveConfigV2"])
     return found
 
 

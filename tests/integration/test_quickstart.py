@@ -352,7 +352,7 @@ def test_metrics_are_on_rays_prometheus_endpoint(stack: local_stack.Running) -> 
         'kvcache_router_stage_latency_seconds_bucket{.*stage="prompt"',
         'kvcache_index_blocks{.*tier="gpu"',
         "kvcache_index_log_lag_seconds{",
-        'kvcache_publisher_events_total{.*result="applied"',
+        'kvcache_index_pod_events_total{.*result="applied"',
         'kvcache_router_cached_tokens_total{.*kind="actual"',
         "kvcache_router_prediction_error_tokens_bucket{",
         "kvcache_router_loop_lag_seconds{",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+import zipfile
 from pathlib import Path
 
 import pytest
@@ -26,3 +27,9 @@ def test_the_base_installation_is_small_and_starts(wheel: Path, tmp_path: Path) 
     assert shown == QUICKSTART.read_text()
     used = sum(file.lstat().st_blocks for file in (tmp_path / "lib").rglob("*")) * 512 / 2**20
     assert used < MOST_MB
+
+
+def test_dashboards_and_alerts_are_in_the_wheel(wheel: Path) -> None:
+    with zipfile.ZipFile(wheel) as archive:
+        inside = {Path(name).name for name in archive.namelist() if name.startswith("serve_app/dashboards/")}
+    assert inside == {path.name for path in (ROOT / "serve_app/dashboards").iterdir()}

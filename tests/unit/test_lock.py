@@ -1,4 +1,4 @@
-"""The pinned versions: requirements.lock has a hash for each; those for a GPU are the tested ones where they can be."""
+"""The pinned versions: the locks have a hash for each; those for a GPU are the tested ones where they can be."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import tomllib
 from importlib.metadata import requires
 from pathlib import Path
 
+import pytest
 from packaging.requirements import Requirement
 
 ROOT = Path(__file__).parents[2]
@@ -28,17 +29,20 @@ def _extras() -> tuple[list[str], dict[str, list[str]]]:
     return project["dependencies"], project["optional-dependencies"]
 
 
-def test_everything_has_a_hash_and_is_what_is_tested() -> None:
+@pytest.mark.parametrize(
+    ("file", "of_extras"), [("requirements.lock", ["serve", "service"]), ("requirements-service.lock", ["service"])]
+)
+def test_everything_has_a_hash_and_is_what_is_tested(file: str, of_extras: list[str]) -> None:
     tested = _pins("constraints.txt")
     locked = {}
-    for line in (ROOT / "requirements.lock").read_text().splitlines():
+    for line in (ROOT / file).read_text().splitlines():
         if not line.startswith("#"):
             found = re.fullmatch(r"(\S+)==(\S+) --hash=sha256:[0-9a-f]{64}", line)
             assert found is not None, line
             locked[_name(found[1])] = found[2]
     assert {name: version for name, version in locked.items() if tested.get(name) != version} == {}
     base, extras = _extras()
-    needed = [*base, *extras["serve"], *extras["service"]]
+    needed = [*base, *(each for extra in of_extras for each in extras[extra])]
     assert {_name(each) for each in needed} <= locked.keys()
 
 
