@@ -31,8 +31,7 @@ def main(report: str, file: str, extras: str = "") -> None:
             else f"{name}=={version} --hash=sha256:{archive['hashes']['sha256']}"
         )
     head = "" if file == "--versions" else HEAD.format(file=file, extras=extras)
-    print(head + "
-".join(sorted(lines)))
+    print(head + "\n".join(sorted(lines)))
 
 
 if __name__ == "__main__":
