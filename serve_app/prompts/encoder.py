@@ -52,9 +52,7 @@ MAX_PROMPT_CHARS = 8 * 2**20  # what HAProxy hands over at most; some 2M tokens
 class Prepared:
     """A prompt that is rendered and looked up. Token prompts, and those known by their name, are finished already."""
 
-    segments: list[
-        Segment
-    ]  # the prompt's text, without what is known of its conversation; none for token ids or a name
+    segments: list[Segment]  # of the prompt's text, without its known start; none for token ids or a name
     missing: list[Segment]  # to be tokenized
     lookup: Lookup | None
     encoded: EncodedPrompt | None
