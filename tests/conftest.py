@@ -19,6 +19,7 @@ PARITY = {"test_prompt_parity.py", "test_endpoint_parity.py", "test_images_and_n
 SMOLLM2 = "builtin:smollm2-135m-instruct"
 
 
+@pytest.hookimpl(tryfirst=True)  # xdist reads the groups in the same hook
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """With two workers (`make test`), one has all tests that start engines, first; the other takes file by file."""
 
