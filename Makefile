@@ -50,7 +50,7 @@ down: setup ## stop what `make up` started
 
 .PHONY: test
 test: setup ## all tests; real Valkey, real Ray, real vLLM (half an hour; two at a time: see tests/conftest.py)
-	@$(BIN)/python -m pytest -n 2 --dist loadgroup --no-loadscope-reorder $(ARGS)
+	@$(BIN)/python -m pytest -n 2 $(ARGS)
 
 .PHONY: test-parity
 test-parity: setup ## prompts against real vLLM, every tokenizer family and all generated cases

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
 
 import pytest
 import redis
@@ -19,16 +21,29 @@ PARITY = {"test_prompt_parity.py", "test_endpoint_parity.py", "test_images_and_n
 SMOLLM2 = "builtin:smollm2-135m-instruct"
 
 
-@pytest.hookimpl(tryfirst=True)  # xdist reads the groups in the same hook
+def starts_engines(path: Path) -> bool:
+    return path.parent.name == "integration" and path.name not in PARITY
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """With two workers (`make test`), one has all tests that start engines, first; the other takes file by file."""
+    items.sort(key=lambda item: starts_engines(item.path), reverse=True)  # what takes longest begins first; stable
 
-    def starts_engines(item: pytest.Item) -> bool:
-        return item.path.parent.name == "integration" and item.path.name not in PARITY
 
-    for item in items:
-        item.add_marker(pytest.mark.xdist_group("engines" if starts_engines(item) else str(item.path)))
-    items.sort(key=starts_engines, reverse=True)  # stable
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    """With two workers (`make test`), one has all tests that start engines; the other takes file by file.
+
+    Engines and Ray clusters need the machine for themselves. (xdist's own groups have no effect with pytest 9.2.)
+    """
+    from xdist.scheduler import LoadScopeScheduling
+
+    class EnginesApart(LoadScopeScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            file = nodeid.partition("::")[0]
+            return "engines" if starts_engines(Path(file)) else file
+
+    config.option.loadscopereorder = False
+    return EnginesApart(config, log)
 
 
 @pytest.fixture(scope="session")
