@@ -13,7 +13,8 @@ Look = Callable[[Facts], Iterator[Finding]]
 
 class Check(NamedTuple):
     look: Look
-    without: str = ""  # what is said where there is nothing to look at
+    without: str = ""  # what is said where there is nothing to look at, and
+    do: str = ""
     has: Callable[[Facts], bool] = lambda _: True  # whether there is
 
 
@@ -25,6 +26,12 @@ def _has_pods(facts: Facts) -> bool:
     return facts.redis is not None and bool(facts.redis.domains)
 
 
+_NO_REDIS: Final = ("no Redis answers", "kvcache doctor --redis URL", _has_redis)
+_NO_PODS: Final = (
+    "nobody publishes",
+    "kvcache up, or kvcache publish --server http://ENGINE:8000 --redis URL",
+    _has_pods,
+)
 CHECKS: Final = (
     Check(machine.versions),
     Check(machine.ports),
@@ -32,17 +39,17 @@ CHECKS: Final = (
     Check(machine.direct_streaming),
     Check(machine.haproxy),
     Check(machine.orphans),
-    Check(machine.serve_config, "no config was named", lambda facts: facts.config is not None),
-    Check(redis.redis, "no Redis answers", _has_redis),
-    Check(redis.redis_memory, "no Redis answers", _has_redis),
-    Check(redis.redis_persistence, "no Redis answers", _has_redis),
-    Check(redis.clock, "no Redis answers", _has_redis),
-    Check(fleet.pods, "nobody publishes", _has_pods),
-    Check(fleet.layout, "nobody publishes", _has_pods),
-    Check(fleet.lmcache, "nobody publishes", _has_pods),
-    Check(fleet.adapters, "nobody publishes", _has_pods),
-    Check(fleet.prompts, "nobody publishes", _has_pods),
-    Check(fleet.vllm, "no vLLM server was named (--engine)", lambda facts: bool(facts.engines)),
+    Check(machine.serve_config, "no config was named", "kvcache doctor CONFIG", lambda facts: facts.config is not None),
+    Check(redis.redis),
+    Check(redis.redis_memory, *_NO_REDIS),
+    Check(redis.redis_persistence, *_NO_REDIS),
+    Check(redis.clock, *_NO_REDIS),
+    Check(fleet.pods, *_NO_PODS),
+    Check(fleet.layout, *_NO_PODS),
+    Check(fleet.lmcache, *_NO_PODS),
+    Check(fleet.adapters, *_NO_PODS),
+    Check(fleet.prompts, *_NO_PODS),
+    Check(fleet.vllm, "no vLLM server was named", "kvcache doctor --engine URL", lambda facts: bool(facts.engines)),
 )
 
 
@@ -53,7 +60,7 @@ def examine(facts: Facts) -> list[Finding]:
         of_check = list(check.look(facts))
         if not of_check:
             name = check.look.__name__.replace("_", " ")
-            ok = check.has(facts)
-            of_check = [Finding(name, Level.OK, "nothing wrong") if ok else Finding(name, Level.UNKNOWN, check.without)]
+            ok = Finding(name, Level.OK, "nothing wrong")
+            of_check = [ok if check.has(facts) else Finding(name, Level.UNKNOWN, check.without, do=check.do)]
         found.extend(of_check)
     return found
