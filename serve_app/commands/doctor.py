@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import groupby
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -54,9 +55,10 @@ def _config(name: str) -> dict[str, Any] | None:
 
 def _print(findings: list[Finding]) -> None:
     out = Console(highlight=False, soft_wrap=True)
-    for finding in findings:
-        colour = _COLOURS[finding.level]
-        out.print(f"[{colour}]{finding.level:<8}[/{colour}] [bold]{finding.check}[/bold]: {escape(finding.saw)}")
+    for _, alike in groupby(findings, key=lambda finding: finding[1:]):
+        finding, *others = alike
+        colour, names = _COLOURS[finding.level], ", ".join(one.check for one in (finding, *others))
+        out.print(f"[{colour}]{finding.level:<8}[/{colour}] [bold]{names}[/bold]: {escape(finding.saw)}")
         if finding.means:
             out.print(f"         {escape(finding.means)}")
         if finding.do:
