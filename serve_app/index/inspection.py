@@ -120,7 +120,7 @@ def _rights(client: redis.Redis, keys: Keyspace) -> tuple[list[str], bool]:
     refused, read_only = [], False
     for command, arguments in _TRIED.items():
         try:
-            client.execute_command(command, f"{keys.log}:doctor", *arguments)  # type: ignore[no-untyped-call]
+            client.execute_command(command, f"{keys.log}:doctor", *arguments)
         except redis.ReadOnlyError:
             read_only = True
         except redis.exceptions.NoPermissionError:

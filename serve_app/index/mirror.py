@@ -517,7 +517,7 @@ class Mirror:
         """Delete what is left of a domain that died without a word: only if the lease is still gone."""
         lease = self._keys.lease(domain.id)
         with self._redis.pipeline(transaction=True) as pipeline, contextlib.suppress(redis.WatchError):
-            pipeline.watch(lease)  # type: ignore[no-untyped-call]
+            pipeline.watch(lease)
             if pipeline.exists(lease):
                 return
             stored: Any = pipeline.hget(self._keys.domains, domain.id)
