@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Protocol
 
 import pytest
 
@@ -17,17 +16,9 @@ from tests.helpers import MODEL, eventually, keys, pod, shared
 A, B = PodId("a"), PodId("b")
 
 
-class Subject(Protocol):
-    """What the suite needs: the writer's calls, and a settled view of what readers see."""
-
-    writer: MemoryIndex | RedisWriter
-
-    def matched(self, prompt: BlockKeys, *pods: PodId) -> dict[PodId, dict[Tier, int]]: ...
-
-    def hits(self, prompt: BlockKeys) -> dict[PodId, int]: ...
-
-
 class InMemory:
+    """The writer's calls, and a settled view of what readers see."""
+
     def __init__(self) -> None:
         self.writer: MemoryIndex | RedisWriter
         self.writer = self._index = MemoryIndex(tier_order=(GPU, CPU))

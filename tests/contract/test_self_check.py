@@ -59,7 +59,7 @@ def test_an_engine_of_more_groups_than_are_known_contradicts() -> None:
 
     def hear(events: list[Event]) -> None:
         nonlocal heard
-        stored = (event for event in events if isinstance(event, BlockStored | BlockRemoved) and event.group_idx == 0)
+        stored = (event for event in events if isinstance(event, BlockStored | BlockRemoved) and not event.group_idx)
         heard += sum(len(event.block_hashes) for event in stored)
 
     for tokens in (list(range(700)), list(range(1000, 1600))):
