@@ -200,7 +200,8 @@ def rounded(value: float) -> float:
 
 def bench_match(fleet: Fleet, indexes: Mapping[int, MemoryIndex], repeats: int) -> dict[str, Any]:
     """Match of whole prompts, each chosen at random of the fleet: "first" has cold caches, "again" is the same call
-    right after. Dynamo does the same, in turns with ours."""
+    right after. Dynamo does the same, in turns with ours.
+    """
     core, version = import_dynamo()
     trees: dict[int, DynamoTree] = {}
     hashes: list[list[int]] = []
@@ -523,7 +524,8 @@ async def _check_path(path: ReadPath, chat: Chat, text: str) -> dict[str, int]:
 
 async def bench_next_turn(spec: EngineSpec, repeats: int) -> dict[str, Any]:
     """An answer and a question more in a conversation of `TURNS` messages that is known, in turns: rendered from where
-    the last turn ended, and whole, as transformers renders it. All of it is on the event loop, but for reading JSON."""
+    the last turn ended, and whole, as transformers renders it. All of it is on the event loop, but for reading JSON.
+    """
     services = {name: PromptService(PrefixStore(STORE_BYTES)) for name in ("resumed", "whole")}
     encoders = {name: await service.encoder(spec) for name, service in services.items()}
     whole = encoders["whole"]._renderer

@@ -175,8 +175,10 @@ def markdown() -> str:
         (
             "# Metrics",
             "",
-            "Written by `make docs` from serve_app/metric_table.py. Where replicas or pods are named, they are"
-            f" {NAMED_MAX} at a time; the others are one, `other`, or left out where they are well.",
+            (
+                "Written by `make docs` from serve_app/metric_table.py. Where replicas or pods are named, they are"
+                f" {NAMED_MAX} at a time; the others are one, `other`, or left out where they are well."
+            ),
             *(line for part in parts for line in _part(*part)),
         )
     )

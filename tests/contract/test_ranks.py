@@ -20,7 +20,7 @@ from tests.helpers import eventually
 
 START_S = 15.0  # for two Python processes on a busy machine
 REPLICA = "replica-1"
-FIRST, SECOND = range(0, 8 * SIZE), range(1000, 1000 + 8 * SIZE)
+FIRST, SECOND = range(8 * SIZE), range(1000, 1000 + 8 * SIZE)
 
 
 class Ranks:

@@ -10,7 +10,7 @@ import time
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import httpx
 import openai
@@ -335,8 +335,8 @@ def test_the_audit_replays_a_file_and_says_what_it_cannot_compare(stack: local_s
 
 def exported(stack: local_stack.Running) -> str:
     """What Ray's Prometheus endpoints say."""
-    with open(f"{session_folder(stack)}/prom_metrics_service_discovery.json") as file:
-        targets = json.load(file)[0]["targets"]
+    path = Path(f"{session_folder(stack)}/prom_metrics_service_discovery.json")
+    targets = json.loads(path.read_text())[0]["targets"]
     return "".join(httpx.get(f"http://{target}/metrics", timeout=10).text for target in targets)
 
 
@@ -482,7 +482,7 @@ class _Load:
         self._stop = threading.Event()
         self._threads = [threading.Thread(target=self._run, args=(number,)) for number in range(8)]
 
-    def __enter__(self) -> _Load:
+    def __enter__(self) -> Self:
         for thread in self._threads:
             thread.start()
         return self

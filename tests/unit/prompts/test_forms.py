@@ -1,3 +1,5 @@
+"""Each form of request is recognised by its body, and scored or refused as such."""
+
 from __future__ import annotations
 
 from contextlib import suppress

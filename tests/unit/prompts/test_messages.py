@@ -1,3 +1,5 @@
+"""Messages reach the template in the shape that vLLM gives them."""
+
 from __future__ import annotations
 
 import copy

@@ -179,8 +179,10 @@ async def test_a_tokenizer_that_cannot_be_loaded_is_tried_and_logged_once(
             await asyncio.wait([service.encoder.start(spec)])
     assert reasons == ["tokenizer_loading" if deadline_s else "no_tokenizer", "no_tokenizer", "no_tokenizer"]
     assert [record.message for record in caplog.records if "cannot be loaded" in record.message] == [
-        f"kvcache: tokenizer {spec.tokenizer!r} cannot be loaded, so no request is scored; "
-        "the first after 30 s tries again"
+        (
+            f"kvcache: tokenizer {spec.tokenizer!r} cannot be loaded, so no request is scored; "
+            "the first after 30 s tries again"
+        )
     ]
 
 
