@@ -77,11 +77,13 @@ format-check: setup ## say which files `make format` would change
 	@$(BIN)/ruff format --check .
 
 .PHONY: lint
-lint: setup ## ruff
+lint: setup ## ruff; spelling; code that nobody uses
 	@$(BIN)/ruff check .
+	@$(BIN)/codespell
+	@$(BIN)/vulture
 
 .PHONY: types
-types: setup ## mypy, strict
+types: setup ## mypy, strict, over all that is committed
 	@$(BIN)/mypy
 
 .PHONY: contracts

@@ -53,7 +53,8 @@ _NOTES: Final = (
     "Round robin and least loaded know nothing of caches: of the scenarios they run base and zipf only.",
     (
         "Ray's router runs behind Serve's ordinary ingress: with direct streaming Serve never tells it who got a "
-        "request. It keeps its tree in an actor that outlives the ingress, and all ingresses share: a restart costs it nothing."
+        "request. It keeps its tree in an actor that outlives the ingress, and all ingresses share: a restart costs it "
+        "nothing."
     ),
     "After a reset one short request goes to that engine directly: vLLM tells of a reset with its next step only.",
 )
