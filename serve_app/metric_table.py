@@ -18,12 +18,16 @@ _TOKENS = (0.5, 32, 128, 512, 2048, 8192, 32768)
 
 
 class Kind(StrEnum):
+    """A metric's type, as Prometheus names it."""
+
     COUNTER = "counter"
     GAUGE = "gauge"
     HISTOGRAM = "histogram"
 
 
 class Metric(NamedTuple):
+    """One row of the table: a metric's name, type, labels and meaning."""
+
     name: str
     kind: Kind
     text: str  # what it says

@@ -13,12 +13,16 @@ from serve_app.types import BlockKey, BlockKeys, Tier
 
 @dataclass(frozen=True, slots=True)
 class Added:
+    """The tier holds these blocks now."""
+
     tier: Tier
     keys: BlockKeys
 
 
 @dataclass(frozen=True, slots=True)
 class Removed:
+    """The tier no longer holds these blocks."""
+
     tier: Tier
     keys: BlockKeys
 

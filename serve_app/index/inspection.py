@@ -56,6 +56,8 @@ class DomainFacts:
 
 @dataclass(frozen=True, slots=True)
 class RedisFacts:
+    """What Redis says of itself and of our keys."""
+
     url: str  # without passwords
     error: str = ""  # why it could not be asked; then nothing else is known
     version: str = ""
