@@ -77,11 +77,13 @@ format-check: setup ## say which files `make format` would change
 	@$(BIN)/ruff format --check .
 
 .PHONY: lint
-lint: setup ## ruff
+lint: setup ## ruff; spelling; code that nobody uses
 	@$(BIN)/ruff check .
+	@$(BIN)/codespell
+	@$(BIN)/vulture
 
 .PHONY: types
-types: setup ## mypy, strict
+types: setup ## mypy, strict, over all that is committed
 	@$(BIN)/mypy
 
 .PHONY: contracts
@@ -151,7 +153,7 @@ bench-picker: setup ## what the Envoy endpoint picker adds to a request, over th
 
 .PHONY: soak
 soak: setup ## an hour of load: memory, file descriptors, Redis, truth (Ctrl-C ends it early; ARGS='--minutes 20', ARGS=--quick)
-	@$(BIN)/python benchmarks/soak.py $(ARGS)
+	@$(BIN)/python -m benchmarks.soak $(ARGS)
 
 .PHONY: image-steps
 image-steps: setup ## run the steps of cluster/docker/Dockerfile in a clean folder, and try what they made (3 minutes)

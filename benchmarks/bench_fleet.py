@@ -98,8 +98,10 @@ def table(workload: str, summaries: Mapping[str, Mapping[str, Any]]) -> str:
     lines = [
         f"### {workload}",
         "",
-        "| policy | TTFT mean | p50 | p90 | p99 | output tokens/s | hit rate | in time | max work share "
-        "| unfair for | at rate | TTFT p90 | output tokens/s | hit rate | goodput |",
+        (
+            "| policy | TTFT mean | p50 | p90 | p99 | output tokens/s | hit rate | in time | max work share "
+            "| unfair for | at rate | TTFT p90 | output tokens/s | hit rate | goodput |"
+        ),
         "|---|" + "---:|" * 14,
     ]
     for policy, summary in summaries.items():

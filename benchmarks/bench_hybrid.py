@@ -14,15 +14,15 @@ import json
 import random
 import sys
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
-sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]  # the script runs from anywhere
+sys.path.insert(0, str(ROOT))  # the script runs from anywhere
 
-from bench_read_path import (  # noqa: E402
+from benchmarks.bench_read_path import (  # noqa: E402
     BLOCK_SIZE,
-    KEY_BYTES,
     MODEL,
     PROMPT_BLOCKS,
     Fleet,
@@ -34,7 +34,7 @@ from bench_read_path import (  # noqa: E402
     say,
     timed,
 )
-
+from serve_app.blocks import KEY_BYTES  # noqa: E402
 from serve_app.index.memory import MemoryIndex  # noqa: E402
 from serve_app.types import (  # noqa: E402
     GPU,
@@ -83,7 +83,7 @@ def bench(fleet: Fleet, replicas: int, repeats: int) -> dict[str, Any]:
         at = rng.randrange(len(fleet.keys))
         most = max(expected_match(fleet, replicas, at).values())
         for name in rng.sample(list(LAYOUTS), len(LAYOUTS)):
-            us, match = timed(lambda i=indexes[name], k=fleet.keys[at]: i.match(k, prompt_tokens=PROMPT_TOKENS))
+            us, match = timed(partial(indexes[name].match, fleet.keys[at], prompt_tokens=PROMPT_TOKENS))
             times.setdefault(name, []).append(us)
             longest = max(each.total_tokens for each in match.values()) // BLOCK_SIZE
             assert longest == most, f"{name}: {longest} blocks, not {most}"  # who was given the prompt whole has it

@@ -53,10 +53,15 @@ _QUICK_DIVISOR: Final = 2
 OUTPUT: Final = ROOT / "benchmarks/results/overhead.json"
 _NOTES: Final = (
     "Client, router, engines and their cores share the machine's cores.",
-    "A system gets new text, its direct calls the same bodies after it: what the engine's core, the publisher and the "
-    "mirror do with new text is charged to the system, to every system alike.",
-    "vllm-router 0.1.17 asks every engine's /render for token ids on each request with cache_aware and kv_aware; that "
-    "is vLLM's own code here, on the same cores. round_robin shows what its forwarding alone costs; it has no target.",
+    (
+        "A system gets new text, its direct calls the same bodies after it: what the engine's core, the publisher "
+        "and the mirror do with new text is charged to the system, to every system alike."
+    ),
+    (
+        "vllm-router 0.1.17 asks every engine's /render for token ids on each request with cache_aware and kv_aware; "
+        "that is vLLM's own code here, on the same cores. round_robin shows what its forwarding alone costs; it has no "
+        "target."
+    ),
 )
 
 console = Console(stderr=False)

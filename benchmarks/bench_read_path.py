@@ -27,6 +27,7 @@ import time
 from array import array
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -199,7 +200,8 @@ def rounded(value: float) -> float:
 
 def bench_match(fleet: Fleet, indexes: Mapping[int, MemoryIndex], repeats: int) -> dict[str, Any]:
     """Match of whole prompts, each chosen at random of the fleet: "first" has cold caches, "again" is the same call
-    right after. Dynamo does the same, in turns with ours."""
+    right after. Dynamo does the same, in turns with ours.
+    """
     core, version = import_dynamo()
     trees: dict[int, DynamoTree] = {}
     hashes: list[list[int]] = []
@@ -225,21 +227,18 @@ def bench_match(fleet: Fleet, indexes: Mapping[int, MemoryIndex], repeats: int) 
         packed, keys = fleet.prompts[at], fleet.keys[at]
         runs: list[tuple[str, Callable[[], Callable[[], Any]]]] = []
 
-        def ours(index: MemoryIndex, keys: bytes = keys) -> Callable[[], Any]:
-            return lambda: index.match(keys)
-
         def theirs(tree: DynamoTree, at: int = at) -> Callable[[], Any]:
             made = list(hashes[at])
             return lambda: tree.tree.find_matches(made)
 
-        runs.append(("keys ours", lambda packed=packed: lambda: block_keys(packed, BLOCK_SIZE, root)))
+        runs.append(("keys ours", partial(partial, block_keys, packed, BLOCK_SIZE, root)))
         for replicas, index in indexes.items():
-            runs.append((f"match ours {replicas}", lambda index=index: ours(index)))
+            runs.append((f"match ours {replicas}", partial(partial, index.match, keys)))
         if core is not None:
             ids = array("I", packed).tolist()
-            runs.append(("keys dynamo", lambda ids=ids: lambda: core.compute_block_hash_for_seq(ids, BLOCK_SIZE)))
+            runs.append(("keys dynamo", partial(partial, core.compute_block_hash_for_seq, ids, BLOCK_SIZE)))
             for replicas, tree in trees.items():
-                runs.append((f"match dynamo {replicas}", lambda tree=tree: theirs(tree)))
+                runs.append((f"match dynamo {replicas}", partial(theirs, tree)))
         rng.shuffle(runs)
         for name, make in runs:
             run(name, make)
@@ -327,11 +326,11 @@ def bench_choice(fleet: Fleet, indexes: Mapping[int, MemoryIndex], repeats: int)
             chooser, found = choosers[replicas], _found(index, keys, replicas)
             pods = list(found.matches[0])
             for which in ("settling", "settled"):
-                us, choice = timed(lambda c=chooser, p=pods, f=found, t=now_s: c.choose(p, f, t))
+                us, choice = timed(partial(chooser.choose, pods, found, now_s))
                 times.setdefault(f"choose {replicas} {which}", []).append(us)
             best = max(found.matches[0].values(), key=lambda match: match.total_tokens).total_tokens
             assert max(choice.held_tokens.values()) >= best, "the choice does not know of the longest match"
-            us, sent = timed(lambda c=chooser, f=found, d=choice, t=now_s: c.sent(d.ranked[0], f, d, t))
+            us, sent = timed(partial(chooser.sent, choice.ranked[0], found, choice, now_s))
             times.setdefault(f"sent {replicas}", []).append(us)
             chooser.withdraw(sent)
     gc.unfreeze()
@@ -385,9 +384,9 @@ class MemoryStage:
         return self._spec
 
     async def match(
-        self, keys: BlockKeys, pods: Sequence[PodId] | None, *, count_hits: bool
+        self, keys: BlockKeys, pods: Sequence[PodId] | None, *, count_hits: bool, prompt_tokens: int | None = None
     ) -> Mapping[PodId, PodMatch]:
-        return self._index.match(keys, pods, count_hits=count_hits)
+        return self._index.match(keys, pods, count_hits=count_hits, prompt_tokens=prompt_tokens)
 
 
 class ReadPath:
@@ -473,7 +472,7 @@ async def bench_path(index: MemoryIndex, spec: EngineSpec, repeats: int) -> dict
             again[size].append((time.perf_counter_ns() - start) / NS_PER_US)
             path.prepare(chat, warmth)
             stages[size, warmth].append(path.stages(chat))
-            full[size].append(timed(lambda text=texts[size]: path.tokenize(text))[0])
+            full[size].append(timed(partial(path.tokenize, texts[size]))[0])
         if turn % max(repeats // 4, 1) == 0:
             say(f"  path {turn}/{repeats}")
     gc.unfreeze()
@@ -525,7 +524,8 @@ async def _check_path(path: ReadPath, chat: Chat, text: str) -> dict[str, int]:
 
 async def bench_next_turn(spec: EngineSpec, repeats: int) -> dict[str, Any]:
     """An answer and a question more in a conversation of `TURNS` messages that is known, in turns: rendered from where
-    the last turn ended, and whole, as transformers renders it. All of it is on the event loop, but for reading JSON."""
+    the last turn ended, and whole, as transformers renders it. All of it is on the event loop, but for reading JSON.
+    """
     services = {name: PromptService(PrefixStore(STORE_BYTES)) for name in ("resumed", "whole")}
     encoders = {name: await service.encoder(spec) for name, service in services.items()}
     whole = encoders["whole"]._renderer
@@ -542,7 +542,7 @@ async def bench_next_turn(spec: EngineSpec, repeats: int) -> dict[str, Any]:
         for turn in range(repeats):
             question = {"role": "user", "content": f"And what of point {turn}?"}
             raw = json.dumps({"model": MODEL, "messages": [*messages, *_turns(chars)[1:2], question]}).encode()
-            spent, body = timed(lambda raw=raw: msgspec.json.decode(raw))
+            spent, body = timed(partial(msgspec.json.decode, raw))
             us["json"].append(spent)
             keys = {}
             for which in random.sample(list(services), 2):

@@ -45,12 +45,17 @@ OUTPUT: Final = ROOT / "benchmarks/results/real.json"
 _SLOW_START_EVERY_S: Final = 6.0  # in float32 a document takes that long
 _NOTES: Final = (
     "Client, router and engines share the machine's cores; TTFT is as the client saw it.",
-    "The oracle is one cache that never forgets; prompts only, whole blocks. After a reset it has lost what, under "
-    "this system, only that engine held. A system can be a little above it: at times an engine "
-    "generates the very text that stands in the history.",
+    (
+        "The oracle is one cache that never forgets; prompts only, whole blocks. After a reset it has lost what, under "
+        "this system, only that engine held. A system can be a little above it: at times an engine "
+        "generates the very text that stands in the history."
+    ),
     "Round robin and least loaded know nothing of caches: of the scenarios they run base and zipf only.",
-    "Ray's router runs behind Serve's ordinary ingress: with direct streaming Serve never tells it who got a request. "
-    "It keeps its tree in an actor that outlives the ingress, and all ingresses share: a restart costs it nothing.",
+    (
+        "Ray's router runs behind Serve's ordinary ingress: with direct streaming Serve never tells it who got a "
+        "request. It keeps its tree in an actor that outlives the ingress, and all ingresses share: a restart costs it "
+        "nothing."
+    ),
     "After a reset one short request goes to that engine directly: vLLM tells of a reset with its next step only.",
 )
 

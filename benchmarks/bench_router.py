@@ -57,7 +57,6 @@ HOLDERS: Final = 2  # pods that hold a prompt
 DECISIONS_PER_S: Final = 100
 REPORTS_PER_S: Final = 20
 TARGETS_MS: Final = {64: 0.5, 256: 1.2}
-PAUSE_MS: Final = 20.0
 
 
 def main(

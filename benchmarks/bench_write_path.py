@@ -167,7 +167,7 @@ def send_events(folder: Path, seconds: float, rate: int) -> None:
     """An engine's socket. Prints as JSON when each probe was sent (monotonic)."""
     count, capacity = int(seconds * rate / BATCH_BLOCKS), int(WARM_UP_S * rate / BATCH_BLOCKS)  # batches
     batches = [encoded(i, i - capacity if i >= capacity else None) for i in range(count)]
-    socket = zmq.Context.instance().socket(zmq.PUB)
+    socket: zmq.Socket[bytes] = zmq.Context.instance().socket(zmq.PUB)
     socket.set_hwm(100_000)
     socket.bind(f"ipc://{folder}/events")
     print("ready", flush=True)

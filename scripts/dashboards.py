@@ -206,8 +206,10 @@ BOARDS: dict[str, tuple[str, Sequence[Panel]]] = {
                 "short",
                 [
                     (
-                        'sum by (kind) (increase({kvcache_index_log_entries_total,kind!~"add|remove|route|told"}'
-                        "[$__rate_interval]))",
+                        (
+                            'sum by (kind) (increase({kvcache_index_log_entries_total,kind!~"add|remove|route|told"}'
+                            "[$__rate_interval]))"
+                        ),
                         "{{kind}}",
                     )
                 ],

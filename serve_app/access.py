@@ -181,6 +181,7 @@ def own_key_header() -> dict[str, str]:
 
 
 def new_key() -> str:
+    """A random key: 32 bytes in URL-safe base64."""
     return secrets.token_urlsafe(32)
 
 

@@ -32,6 +32,8 @@ History = dict[tuple[int, int], str]
 
 @dataclass(frozen=True, slots=True)
 class Load:
+    """The conversations of one run; lengths are in tokens."""
+
     conversations: int = 8
     turns: int = 4
     tokens: int = 1500  # about; of a conversation's beginning

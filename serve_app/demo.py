@@ -52,6 +52,8 @@ console = Console(stderr=True, highlight=False)
 
 @dataclass(frozen=True, slots=True)
 class Workload:
+    """The demo's conversations: each asks about a document of its own."""
+
     documents: int = 8
     turns: int = 6
     document_tokens: int = 1500

@@ -25,6 +25,8 @@ Body = Mapping[str, Any]
 
 
 class PromptStage(Protocol):
+    """Turns a request into block keys."""
+
     async def encode(self, body: Body, spec: EngineSpec) -> list[EncodedKeys]:
         """Block keys of every prompt in the request.
 
@@ -35,6 +37,8 @@ class PromptStage(Protocol):
 
 
 class IndexStage(Protocol):
+    """Says what each pod holds of the keys."""
+
     async def spec(self) -> EngineSpec | None:
         """What the model's engines agree on; None while there is no engine."""
         ...

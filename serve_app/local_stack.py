@@ -284,10 +284,6 @@ def with_kv_blocks(config: Mapping[str, Any], blocks: int) -> dict[str, Any]:
     return pressed
 
 
-def _applications(config: Mapping[str, Any], builder: str) -> list[Mapping[str, Any]]:
-    return [app for app in config.get("applications", []) if str(app.get("import_path", "")).endswith(builder)]
-
-
 def _serve_run(config: Path, status: Path, log: Path, environment: Mapping[str, str]) -> subprocess.Popen[bytes]:
     with log.open("wb") as output:
         return subprocess.Popen(

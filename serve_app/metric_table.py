@@ -18,12 +18,16 @@ _TOKENS = (0.5, 32, 128, 512, 2048, 8192, 32768)
 
 
 class Kind(StrEnum):
+    """A metric's type, as Prometheus names it."""
+
     COUNTER = "counter"
     GAUGE = "gauge"
     HISTOGRAM = "histogram"
 
 
 class Metric(NamedTuple):
+    """One row of the table: a metric's name, type, labels and meaning."""
+
     name: str
     kind: Kind
     text: str  # what it says
@@ -175,8 +179,10 @@ def markdown() -> str:
         (
             "# Metrics",
             "",
-            "Written by `make docs` from serve_app/metric_table.py. Where replicas or pods are named, they are"
-            f" {NAMED_MAX} at a time; the others are one, `other`, or left out where they are well.",
+            (
+                "Written by `make docs` from serve_app/metric_table.py. Where replicas or pods are named, they are"
+                f" {NAMED_MAX} at a time; the others are one, `other`, or left out where they are well."
+            ),
             *(line for part in parts for line in _part(*part)),
         )
     )

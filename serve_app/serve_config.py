@@ -80,6 +80,7 @@ def applications(config: Mapping[str, Any]) -> list[Mapping[str, Any]]:
 
 
 def graphs(config: Mapping[str, Any]) -> Iterator[Graph]:
+    """The applications of a Serve config that are our graph."""
     for app in applications(config):
         if _builder(app) == "serve_app.app:build_kvcache":
             args = _mapping(app.get("args"))

@@ -24,6 +24,8 @@ from vllm.v1.kv_offload.cpu.spec import CPUOffloadingSpec
 
 
 class OnCPU(CPUOffloadingSpec):  # type: ignore[misc]  # vLLM is not followed by mypy
+    _worker: OffloadingWorker | None
+
     def get_worker(self, kv_caches: CanonicalKVCaches) -> OffloadingWorker:
         if self._worker is None:
             self._worker = Copier(kv_caches, self.num_blocks, self.blocks_per_chunk)

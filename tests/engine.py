@@ -8,6 +8,7 @@ import socket
 import subprocess
 import sys
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -40,6 +41,8 @@ class Engine:
         """With Unix sockets in `folder`, or as the data parallel rank of an engine with this `kv_events_config`."""
         self._buffer_steps, self._hwm = buffer_steps, hwm
         self._rank = rank
+        self.endpoint: str
+        self.replay_endpoint: str
         self.endpoint, self.replay_endpoint = (
             (config["endpoint"], config["replay_endpoint"])
             if config
@@ -58,7 +61,7 @@ class Engine:
             self._publisher.shutdown()
             self._publisher = None
             for endpoint in (self.endpoint, self.replay_endpoint):
-                eventually(lambda endpoint=endpoint: _can_bind(endpoint, self._rank))
+                eventually(partial(_can_bind, endpoint, self._rank))
 
     def restart(self) -> None:
         self.stop()
@@ -89,7 +92,7 @@ class Engine:
     def sent(self) -> bool:
         """Whether every batch has gone to the live stream, as far as that takes it."""
         assert self._publisher is not None
-        return self._publisher._event_queue.empty()
+        return bool(self._publisher._event_queue.empty())
 
     def remove(self, tokens: range) -> None:
         self.send(*(BlockRemoved(block_hashes=[engine_hash(start)], medium="GPU") for start in tokens[::SIZE]))

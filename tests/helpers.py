@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from typing import TypeVar
 
 from serve_app.index.mirror import Mirror
 from serve_app.types import GPU, BlockKeys, Domain, DomainId, EngineSpec, Epoch, ModelId, PodId, Tier
 
 MODEL = ModelId("test-model")
+T = TypeVar("T")
 SPEC = EngineSpec(MODEL, block_size=4, tokenizer="none")
 
 
@@ -35,6 +37,12 @@ def following(url: str, model: ModelId, tier_order: Sequence[Tier] = (GPU,)) -> 
     assert mirror.wait_ready(5)
     yield mirror
     mirror.close()
+
+
+def collected(into: list[T], read: Callable[[], Iterable[T]]) -> list[T]:
+    """`into`, with what `read` has now."""
+    into.extend(read())
+    return into
 
 
 def eventually(check: Callable[[], object], timeout_s: float = 5.0) -> None:

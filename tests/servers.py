@@ -96,8 +96,7 @@ def form_cluster(nodes: Sequence[Server], owners: int) -> None:
         owner = clients[position % owners].execute_command("CLUSTER", "MYID").decode()
         client.execute_command("CLUSTER", "REPLICATE", owner)
     eventually(lambda: all(_cluster_info(client)["cluster_state"] == "ok" for client in clients), 20)
-    for client in clients[owners:]:
-        eventually(lambda client=client: client.info("replication")["master_link_status"] == "up", 20)
+    eventually(lambda: all(client.info("replication")["master_link_status"] == "up" for client in clients[owners:]), 20)
     for client in clients:
         client.close()
 

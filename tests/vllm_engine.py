@@ -123,7 +123,7 @@ class VLLMEngine:
     def reusable(self, tokens: Sequence[int], *, salt: str | None = None) -> int:
         """Tokens that it would take from its cache."""
         _, hit, *_ = self.manager.get_computed_blocks(self.request(tokens, salt=salt))
-        return hit
+        return int(hit)
 
     def serve(
         self,
@@ -163,7 +163,7 @@ class VLLMEngine:
         if free:
             self.manager.free(request)
             tell()
-        return hit
+        return int(hit)
 
     def events(self) -> list[Event]:
         """What has happened since the last call, as a reader of its socket gets it."""
@@ -175,7 +175,8 @@ class VLLMEngine:
     @property
     def used_blocks(self) -> int:
         """Blocks that requests hold, of vLLM's own figure `kv_cache_usage`."""
-        return round(self.manager.usage * (self.capacity - 1))
+        usage: float = self.manager.usage
+        return round(usage * (self.capacity - 1))
 
     @property
     def empty_blocks(self) -> int:

@@ -61,10 +61,6 @@ class Replica:
     def has_work(self) -> bool:
         return bool(self._running or self._waiting)
 
-    @property
-    def in_engine(self) -> int:
-        return len(self._running) + len(self._waiting)
-
     def submit(self, record: Record, now_s: float) -> bool:
         """Accept a request, or refuse it because too many wait. Time must have come to `now_s`."""
         limit = self.config.max_waiting

@@ -97,7 +97,8 @@ class Fleet:
 
 def body(tokens: int, rng: random.Random) -> bytes:
     """A chat of about so many tokens."""
-    words, turns = rng.choices(_WORDS, k=tokens // 3), []
+    words = rng.choices(_WORDS, k=tokens // 3)
+    turns: list[dict[str, str]] = []
     for start in range(0, len(words), 300):
         role = "user" if len(turns) % 2 == 0 else "assistant"
         turns.append({"role": role, "content": " ".join(words[start : start + 300])})

@@ -1,0 +1,1 @@
+"""The long load: `python -m benchmarks.soak`."""

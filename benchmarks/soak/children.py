@@ -69,7 +69,7 @@ class Children:
         for name, pid in list(self._watched.items()):
             try:
                 rss = int(Path(f"/proc/{pid}/statm").read_text().split()[1]) * _PAGE_MB
-                fds = len(os.listdir(f"/proc/{pid}/fd"))
+                fds = len(list(Path(f"/proc/{pid}/fd").iterdir()))
             except OSError:
                 rss, fds = 0.0, 0
             child = self._processes.get(name)

@@ -174,7 +174,7 @@ class Engines:
         self._config = config
         self._engines = {pod: Engine(config, pod) for pod in config.pods}
         self._turn = 0
-        context = zmq.Context.instance()
+        context: zmq.Context[zmq.Socket[bytes]] = zmq.Context.instance()
         self._control = context.socket(zmq.REP)
         self._control.bind(control(config.folder, config.name))
         self._probes = context.socket(zmq.PUSH)

@@ -26,7 +26,7 @@ class Follower:
     def __init__(self, config: FollowerConfig) -> None:
         self._mirror = Mirror(config.redis_url, ModelId(config.model))
         self._mirror.start()
-        context = zmq.Context.instance()
+        context: zmq.Context[zmq.Socket[bytes]] = zmq.Context.instance()
         self._control = context.socket(zmq.REP)
         self._control.bind(control(config.folder, "follower"))
         self._probes = context.socket(zmq.PULL)

@@ -55,7 +55,7 @@ class Asker:
     """One question at a time."""
 
     def __init__(self, endpoint: str) -> None:
-        self._socket = zmq.Context.instance().socket(zmq.REQ)
+        self._socket: zmq.Socket[bytes] = zmq.Context.instance().socket(zmq.REQ)
         self._socket.setsockopt(zmq.LINGER, 0)  # a question that nobody took does not hold up the end
         self._socket.connect(endpoint)
 

@@ -20,6 +20,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -169,7 +170,7 @@ def start(options: argparse.Namespace, folder: Path, processes: Processes) -> No
         else:
             processes.start(f"vllm-{engine.api}", *vllm(engine, options.model, options.source), env=ENGINE_ENV)
     for engine in engines:
-        processes.wait(engine.address, lambda address=engine.address: status(f"http://{address}/health") == 200)
+        processes.wait(engine.address, partial(is_up, engine.address))
         say(f"    {engine.address} is up")
 
     say("3/4 publishers")
@@ -239,6 +240,10 @@ def status(url: str) -> int:
         return httpx.get(url, timeout=5).status_code
     except httpx.HTTPError:
         return 0
+
+
+def is_up(address: str) -> bool:
+    return status(f"http://{address}/health") == 200
 
 
 def live(service: str) -> int:

@@ -51,6 +51,8 @@ class Compared:
 
 @dataclass(frozen=True, slots=True)
 class Skipped:
+    """A request that was not compared, and why."""
+
     number: int
     kind: str
     reason: str

@@ -39,6 +39,7 @@ GROUPS: dict[str, tuple[str, Key]] = {
 
 
 def is_miss(compared: Compared) -> bool:
+    """Whether prediction and answer differ by more than TOLERANCE_BLOCKS blocks."""
     return abs(compared.error_blocks) > TOLERANCE_BLOCKS
 
 
@@ -83,6 +84,7 @@ def explain(miss: Compared) -> str:
 
 
 def print_result(summary: dict[str, Any], console: Console) -> None:
+    """Print the summary that `result` made."""
     if not summary["requests"]:
         console.print("[red]nothing could be compared[/red]")
     else:

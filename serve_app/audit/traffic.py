@@ -43,6 +43,8 @@ QUESTIONS = (
 
 @dataclass(frozen=True, slots=True)
 class Request:
+    """One request to send, and the conversation it is of."""
+
     body: Body
     kind: str  # what is special about it, for the report
     conversation: str = ""  # requests with the same name share a prefix; "": nothing is known

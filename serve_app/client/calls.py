@@ -30,6 +30,8 @@ T = TypeVar("T")
 
 
 class Call(NamedTuple, Generic[T]):
+    """One HTTP request, and the type of its answer."""
+
     method: str
     path: str
     content: bytes | None

@@ -99,7 +99,7 @@ def show(name: NameArgument) -> None:
 @app.command(epilog="Example: kvcache config copy gpu my-fleet.yaml")
 def copy(
     name: NameArgument,
-    to: Annotated[Path, typer.Argument(help="File or folder.")] = Path("."),
+    to: Annotated[Path, typer.Argument(help="File or folder.")] = Path(),
     force: Annotated[bool, typer.Option("--force", help="Replace a file that is there.")] = False,
 ) -> None:
     """Copy a config, to change it."""

@@ -19,4 +19,5 @@ def say(message: str) -> None:
 
 
 def print_json(answer: Any) -> None:
+    """Print the answer as JSON, indented, on stdout."""
     print(json.dumps(answer, indent=2))

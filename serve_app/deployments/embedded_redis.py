@@ -20,7 +20,7 @@ def resolve_redis_url(url: str) -> str:
     """
     if url != EMBEDDED:
         return url
-    nodes = sum(bool(node["Alive"]) for node in ray.nodes())  # type: ignore[no-untyped-call]
+    nodes = sum(bool(node["Alive"]) for node in ray.nodes())
     if nodes > 1:
         raise ConfigError(
             f"redis_url: embedded works on one node, and this Ray cluster has {nodes}; "

@@ -72,7 +72,7 @@ class IngressRouter:
 
     def __init__(self, server: DeploymentHandle[Any], base_model: str = "") -> None:
         self._server = server
-        server._init()  # type: ignore[no-untyped-call]  # makes the KVCacheAwareRouter of this process
+        server._init()  # makes the KVCacheAwareRouter of this process
         routed.base_model = base_model
 
     def check_health(self) -> None:

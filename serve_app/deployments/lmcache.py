@@ -197,7 +197,7 @@ class LMCacheAttachment:
         """Named by an address that is the server's own in the whole cluster."""
         host, _, port = self._endpoint.removeprefix("tcp://").rpartition(":")
         if self._on_node:
-            host = ray.util.get_node_ip_address()  # type: ignore[no-untyped-call]
+            host = ray.util.get_node_ip_address()
         return f"node:{host}:{port}"
 
     def attach(self, replica: PublisherConfig, engine_model: str) -> PublisherConfig:

@@ -50,6 +50,8 @@ class _Record:
 
 
 class RayHost:
+    """What a decider needs of its surroundings, in a Ray process."""
+
     def __init__(self, settings: RouterSettings) -> None:
         self._settings = settings
         self.logger = logging.getLogger("ray.serve")

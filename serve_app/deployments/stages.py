@@ -29,7 +29,7 @@ def graph_handle(deployment: str, app: str) -> GetHandle:
     def get() -> DeploymentHandle[Any]:
         if not made:
             handle = serve.get_deployment_handle(deployment, app)
-            handle._init(_run_router_in_separate_loop=False)  # type: ignore[no-untyped-call]
+            handle._init(_run_router_in_separate_loop=False)
             made.append(handle)
         return made[0]
 

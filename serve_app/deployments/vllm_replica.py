@@ -156,7 +156,7 @@ class VLLMReplica(LLMServer):
             revision=vllm_config.model_config.tokenizer_revision or vllm_config.model_config.revision or "",
             tokenizer_mode=tokenizer_mode(self._engine_client()),
             identity=self._identity,
-            address=ray.util.get_node_ip_address(),  # type: ignore[no-untyped-call]
+            address=ray.util.get_node_ip_address(),
         )
         return config if self._lmcache is None else self._lmcache.attach(config, vllm_config.model_config.model)
 

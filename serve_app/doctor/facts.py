@@ -12,6 +12,8 @@ from serve_app.index.inspection import RedisFacts
 
 
 class Level(StrEnum):
+    """How bad a finding is."""
+
     OK = "ok"
     UNKNOWN = "unknown"  # it could not be looked at
     WARNING = "warning"  # it works, and worse than it could
@@ -19,6 +21,8 @@ class Level(StrEnum):
 
 
 class Finding(NamedTuple):
+    """What a check saw, what it means, and what to do."""
+
     check: str
     level: Level
     saw: str
@@ -36,6 +40,8 @@ class Package(NamedTuple):
 
 
 class Port(NamedTuple):
+    """A port that the gateway needs, and who has it."""
+
     where: str  # what the port is for
     host: str
     number: int
@@ -44,6 +50,8 @@ class Port(NamedTuple):
 
 
 class Process(NamedTuple):
+    """A process that a former `kvcache up` has left."""
+
     pid: int
     command: str
     stack: str  # which `kvcache up` it is of
@@ -51,6 +59,8 @@ class Process(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class HostFacts:
+    """What is known of this machine."""
+
     python: tuple[int, int]
     packages: tuple[Package, ...] = ()
     open_files: int = 0  # soft limit
@@ -83,6 +93,8 @@ class EngineSeen(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class Facts:
+    """Everything that the checks look at."""
+
     host: HostFacts
     ports: tuple[Port, ...] = ()
     config: Mapping[str, Any] | None = None  # a Serve config

@@ -6,6 +6,7 @@ from serve_app.doctor.facts import Finding, Level
 
 
 def unaligned_chunks(what: str, block_size: int) -> Finding:
+    """LMCache's chunk size is no multiple of the block size, in tokens."""
     return Finding(
         "lmcache",
         Level.ERROR,
@@ -16,6 +17,7 @@ def unaligned_chunks(what: str, block_size: int) -> Finding:
 
 
 def lora_behind_lmcache(what: str) -> Finding:
+    """An engine with LoRA adapters uses LMCache."""
     return Finding(
         "lmcache",
         Level.ERROR,

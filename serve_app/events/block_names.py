@@ -104,4 +104,5 @@ def each_key(packed: BlockKeys) -> Sequence[BlockKey]:
 
 
 def last_key(packed: BlockKeys) -> BlockKey:
+    """The last of the packed keys."""
     return BlockKey(packed[-KEY_BYTES:])

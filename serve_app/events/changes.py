@@ -13,12 +13,16 @@ from serve_app.types import BlockKey, BlockKeys, Tier
 
 @dataclass(frozen=True, slots=True)
 class Added:
+    """The tier holds these blocks now."""
+
     tier: Tier
     keys: BlockKeys
 
 
 @dataclass(frozen=True, slots=True)
 class Removed:
+    """The tier no longer holds these blocks."""
+
     tier: Tier
     keys: BlockKeys
 
@@ -36,7 +40,7 @@ class Changes:
 
     def __init__(self) -> None:
         self._before: list[Change] = []
-        self._runs: dict[Tier, list[tuple[type[Added] | type[Removed], list[BlockKey]]]] = {}
+        self._runs: dict[Tier, list[tuple[type[Added | Removed], list[BlockKey]]]] = {}
 
     def added(self, tier: Tier, keys: Iterable[BlockKey]) -> None:
         self._run(tier, Added).extend(keys)
@@ -54,7 +58,7 @@ class Changes:
         runs = [made(tier, b"".join(keys)) for tier, runs in self._runs.items() for made, keys in runs if keys]
         return [*self._before, *runs]
 
-    def _run(self, tier: Tier, made: type[Added] | type[Removed]) -> list[BlockKey]:
+    def _run(self, tier: Tier, made: type[Added | Removed]) -> list[BlockKey]:
         runs = self._runs.setdefault(tier, [])
         if not runs or runs[-1][0] is not made:
             runs.append((made, []))

@@ -82,6 +82,8 @@ class Settings:
 
 @dataclass(frozen=True, slots=True)
 class EngineFacts:
+    """What an engine's HTTP server says of it."""
+
     models: Models
     version: str = ""
     ranks: tuple[int, ...] = (0,)  # data parallel ranks that it serves

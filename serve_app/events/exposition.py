@@ -17,6 +17,8 @@ _ESCAPE = re.compile(r'\\([\\n"])')
 
 
 class Sample(NamedTuple):
+    """One value of a metric, and its labels."""
+
     labels: Mapping[str, str]
     value: float
 

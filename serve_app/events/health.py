@@ -30,6 +30,8 @@ FRESH_S = 15.0  # while Redis does not answer, a publisher waits for it
 
 @dataclass(frozen=True, slots=True)
 class Pod:
+    """The last report of one pod's publisher."""
+
     name: str
     report: Report | None  # the last one; None: none yet
     heard_at_s: float  # monotonic: when that was, or when its publisher was started
@@ -37,6 +39,8 @@ class Pod:
 
 @dataclass(frozen=True, slots=True)
 class Snapshot:
+    """The sidecar's state at one turn of its loop."""
+
     turned_at_s: float  # monotonic: the loop's last turn
     up: bool  # the engine is there
     waiting_for: str  # else for what

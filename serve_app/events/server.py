@@ -20,6 +20,8 @@ KEY_VARIABLE = "VLLM_API_KEY"  # vLLM's own, for `--api-key`
 
 
 class Answer(NamedTuple):
+    """An HTTP answer: its status and its body."""
+
     status: int
     body: bytes
 

@@ -139,7 +139,7 @@ def _connect(url: str, name: str, slot_of: str) -> redis.Redis:
         "client_name": name,
         "retry": None,
         # Values by redis-py's own rules; where to connect to is ours.
-        **parse_url(f"redis://?{urlencode(settings)}"),  # type: ignore[no-untyped-call]
+        **parse_url(f"redis://?{urlencode(settings)}"),
         **_credentials(parts, settings, own.get("password_file")),
     }
     if scheme == _UNIX:
@@ -222,6 +222,6 @@ def _sentinel(
         sentinels["credential_provider"] = PasswordFile(own.get("sentinel_username"), path)
     elif "sentinel_password" in own:
         sentinels |= {"username": own.get("sentinel_username"), "password": own["sentinel_password"]}
-    manager = Sentinel(addresses, sentinel_kwargs=sentinels)  # type: ignore[no-untyped-call]
-    client: redis.Redis = manager.master_for(service, **options, ssl=tls)  # type: ignore[no-untyped-call]
+    manager = Sentinel(addresses, sentinel_kwargs=sentinels)
+    client: redis.Redis = manager.master_for(service, **options, ssl=tls)
     return client

@@ -14,7 +14,7 @@ from redis.exceptions import MovedError, NoPermissionError, OutOfMemoryError
 from serve_app.errors import StoreError
 from serve_app.index.keyspace import Keyspace
 
-# "Command # 3 (XADD kv:{m}:log * r ...) of pipeline caused error: WRONGTYPE ..."
+# As in: Command # 3 (XADD kv:{m}:log * r ...) of pipeline caused error: WRONGTYPE ...
 _OF_PIPELINE = re.compile(
     r"Command # \d+ \((?P<command>\S+ ?\S*).*\) of pipeline caused error: (?P<error>.*)", re.DOTALL
 )
@@ -69,7 +69,7 @@ class FaultLog:
     @property
     def now(self) -> str:
         """What has failed and does not go well yet; empty: nothing."""
-        return "; ".join(sorted(tuple(self._said)))  # a copy: the loop that it is of goes on
+        return "; ".join(sorted(tuple(self._said)))  # noqa: C414  # a copy: the loop that it is of goes on
 
     def healed(self) -> None:
         if self._said:

@@ -19,6 +19,8 @@ from serve_app.types import Domain, DomainId, ModelId, Tier
 
 
 class Holdings(NamedTuple):
+    """How many blocks each domain holds, by Redis' own count."""
+
     blocks: Mapping[DomainId, Mapping[Tier, int]]  # by tier; empty: not known
     routers: int
     answered_in_s: float

@@ -56,6 +56,8 @@ class DomainFacts:
 
 @dataclass(frozen=True, slots=True)
 class RedisFacts:
+    """What Redis says of itself and of our keys."""
+
     url: str  # without passwords
     error: str = ""  # why it could not be asked; then nothing else is known
     version: str = ""
@@ -120,7 +122,7 @@ def _rights(client: redis.Redis, keys: Keyspace) -> tuple[list[str], bool]:
     refused, read_only = [], False
     for command, arguments in _TRIED.items():
         try:
-            client.execute_command(command, f"{keys.log}:doctor", *arguments)  # type: ignore[no-untyped-call]
+            client.execute_command(command, f"{keys.log}:doctor", *arguments)
         except redis.ReadOnlyError:
             read_only = True
         except redis.exceptions.NoPermissionError:

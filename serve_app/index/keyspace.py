@@ -60,6 +60,8 @@ class GroupRecord(msgspec.Struct, array_like=True, frozen=True):
 
 
 class DomainRecord(msgspec.Struct, array_like=True, frozen=True):
+    """A domain as Redis has it: an array, to which fields are only added."""
+
     epoch: int
     pod: str | None
     address: str

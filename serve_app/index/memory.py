@@ -164,7 +164,9 @@ class _Layouts:
 
 
 class MemoryIndex:
-    """IndexReader and IndexWriter in this process.
+    """The index in this process. `tests/contract/test_index.py` runs one behaviour suite on it and through Redis.
+
+    Changes of an epoch that is not the domain's current one are ignored.
 
     Args:
         max_blocks: cap on blocks over all tiers; the oldest are evicted and counted in `evicted_blocks`.
@@ -182,6 +184,9 @@ class MemoryIndex:
     # -- writer ---------------------------------------------------------------------------------------------------
 
     def join(self, domain: Domain) -> None:
+        """Register a domain, empty. One that was there with another epoch loses its blocks; with the same, it keeps
+        them, and only its record changes.
+        """
         known = self._members.get(domain.id)
         if known is not None and known.domain.epoch == domain.epoch:
             known.domain = domain
@@ -216,11 +221,13 @@ class MemoryIndex:
             table.remove(keys, member.bit)
 
     def clear(self, domain: DomainId, epoch: Epoch) -> None:
+        """The domain holds nothing any more, but lives on."""
         member = self._current(domain, epoch)
         if member is not None:
             self._erase(member.bit)
 
     def leave(self, domain: DomainId, epoch: Epoch) -> None:
+        """The domain is gone, with its blocks."""
         if self._current(domain, epoch) is not None:
             self._drop(domain)
 
@@ -248,6 +255,16 @@ class MemoryIndex:
         count_hits: bool = False,
         prompt_tokens: int | None = None,
     ) -> dict[PodId, PodMatch]:
+        """The match of every live pod (or of the given ones), also of those that hold nothing.
+
+        Args:
+            keys: canonical keys of the prompt's full blocks, in order.
+            pods: pods to answer for; None means all that are live. An unknown pod matches nothing.
+            count_hits: also count blocks that are held beyond the first gap (`PodMatch.hit_blocks`); costs a pass.
+            prompt_tokens: length of the whole prompt; None: it goes on behind the keys. An engine with several KV cache
+                groups takes the longest prefix that ends before the prompt's last token, which may be no part of a
+                longer one. Of others the whole of what they hold is told (accounting.py has what they take).
+        """
         live = self._live
         if pods is None:
             found, wanted = live.no_match.copy(), live.mask
@@ -346,6 +363,7 @@ class MemoryIndex:
         return self._live.distrusted
 
     def trust(self, pod: PodId) -> Trust:
+        """How far a match of this pod can be relied on."""
         return self._live.trust_of.get(pod, Trust.UNKNOWN)
 
     def cause(self, domain: DomainId) -> str:

@@ -1,6 +1,6 @@
 """Keep a MemoryIndex equal to what the publishers wrote to Redis.
 
-In: a Redis URL and a model. Out: an IndexReader that never waits for Redis.
+In: a Redis URL and a model. Out: an index that never waits for Redis.
 
 A follower notes the log's last id, loads the sets, then follows the log from that id. Changes that were made between
 the two are applied twice, which does no harm: they are set operations, in order. A thread does all of it, so that the
@@ -121,7 +121,7 @@ class _Delay:
 
 
 class Mirror:
-    """IndexReader that follows Redis. `start` it once; `close` it at the end.
+    """An index that follows Redis. `start` it once; `close` it at the end.
 
     Args:
         url: Redis URL.
@@ -207,7 +207,7 @@ class Mirror:
         count_hits: bool = False,
         prompt_tokens: int | None = None,
     ) -> Mapping[PodId, PodMatch]:
-        """See IndexReader; each match says how far it can be relied on."""
+        """See MemoryIndex.match; each match says how far it can be relied on."""
         index = self._index
         found = index.match(keys, pods, count_hits=count_hits, prompt_tokens=prompt_tokens)
         distrusted = dict.fromkeys(found, Trust.STALE) if self._is_late() else index.distrusted
@@ -517,7 +517,7 @@ class Mirror:
         """Delete what is left of a domain that died without a word: only if the lease is still gone."""
         lease = self._keys.lease(domain.id)
         with self._redis.pipeline(transaction=True) as pipeline, contextlib.suppress(redis.WatchError):
-            pipeline.watch(lease)  # type: ignore[no-untyped-call]
+            pipeline.watch(lease)
             if pipeline.exists(lease):
                 return
             stored: Any = pipeline.hget(self._keys.domains, domain.id)

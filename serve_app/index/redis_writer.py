@@ -59,7 +59,7 @@ class _Published:
 
 
 class RedisWriter:
-    """IndexWriter that ends in Redis. Not thread-safe: one per publisher.
+    """The writer's calls of MemoryIndex, which end in Redis. Not thread-safe: one per publisher.
 
     Args:
         url: Redis URL.
@@ -81,7 +81,7 @@ class RedisWriter:
         self._added: set[BlockKey] = set()  # of the run; none is in both
         self._removed: set[BlockKey] = set()
 
-    # -- IndexWriter, buffered ------------------------------------------------------------------------------------
+    # -- buffered -------------------------------------------------------------------------------------------------
 
     def next_epoch(self, domain: DomainId, after: int = 0) -> Epoch:
         """A number for a new life of the engine, above those of all lives before, whatever this machine's clock says.

@@ -22,6 +22,8 @@ from serve_app.errors import PromptError
 
 
 class Form(StrEnum):
+    """The form of a request: which endpoint's body it is."""
+
     CHAT = "chat"
     MESSAGES = "messages"
     EITHER = "either"  # CHAT or MESSAGES

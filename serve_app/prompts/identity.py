@@ -52,10 +52,12 @@ PROBES: Final[Mapping[str, Mapping[str, Any]]] = {
 
 
 def digest_of_text(text: str) -> str:
+    """128 bits of the text, in hex."""
     return xxhash.xxh3_128_hexdigest(text.encode("utf-8", "surrogatepass"))
 
 
 def digest_of_ids(ids: Iterable[int]) -> str:
+    """128 bits of the token ids, in hex."""
     return digest_of_packed(pack_tokens(list(ids)))
 
 
@@ -88,6 +90,7 @@ def parts_of(backend: Any, template: Callable[[bool], str | None]) -> dict[str, 
 
 
 def probe_name(name: str) -> str:
+    """What a probe's digest is called in the pod's record."""
     return f"probe:{name}"
 
 

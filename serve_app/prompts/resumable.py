@@ -52,6 +52,8 @@ class Mark:
 
 @dataclass(frozen=True, slots=True)
 class Rendering:
+    """A rendered chat, and the marks where a later one can go on."""
+
     text: str  # behind the mark that it began at, else the whole
     resumed: bool
     marks: Sequence[tuple[Mark, int]]  # with their places in `text`

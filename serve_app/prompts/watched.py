@@ -127,10 +127,10 @@ class Number:
         self._watch.narrow(self._key, *((-_ANY, limit - 1) if below else (limit, _ANY)))
         return below
 
-    def __eq__(self, other: Any) -> Any:
+    def __eq__(self, other: object) -> Any:
         return self.exactly() == other
 
-    def __ne__(self, other: Any) -> Any:
+    def __ne__(self, other: object) -> Any:
         return self.exactly() != other
 
     def __hash__(self) -> int:

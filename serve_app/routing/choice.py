@@ -11,6 +11,8 @@ from serve_app.types import PodId
 
 
 class Policy(StrEnum):
+    """How the router chooses a pod."""
+
     KV_AWARE = "kv_aware"  # by what the replicas hold, as the strategy weighs it
     LEAST_LOADED = "least_loaded"
     ROUND_ROBIN = "round_robin"

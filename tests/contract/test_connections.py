@@ -121,8 +121,8 @@ def test_everything_that_publishers_and_mirrors_do(url: str, monkeypatch: pytest
             writer.flush()
             assert writer.heartbeat(A, HeartbeatRecord(epoch))
         late = follow(reader_of(url), stack)
-        for one in (mirror, late):
-            eventually(lambda one=one: one.match(keys(1, 2, 3), [PodId("a")])[PodId("a")].tokens == {GPU: 8, CPU: 4})
+        a = PodId("a")
+        eventually(lambda: all(one.match(keys(1, 2, 3), [a])[a].tokens == {GPU: 8, CPU: 4} for one in (mirror, late)))
         dead = RedisWriter(url, MODEL, lease_ttl_s=0.2)
         stack.callback(dead.close)
         dead.join(pod("b"))

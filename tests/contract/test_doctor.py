@@ -49,8 +49,7 @@ class Fleet:
 
     def spec(self, block_size: int = 4, tokenizer: str = "", **more: Any) -> EngineSpec:
         plain = EngineSpec(MODEL, block_size, tokenizer or self.tokenizer)
-        (text,) = PromptEncoder(plain, PrefixStore(1 << 20)).prepare({"model": MODEL, "prompt": "x"})
-        assert text
+        assert len(PromptEncoder(plain, PrefixStore(1 << 20)).prepare({"model": MODEL, "prompt": "x"})) == 1
         return replace(plain, **more)
 
     def join(self, name: str, heartbeat: HeartbeatRecord | None = WELL, **more: Any) -> None:

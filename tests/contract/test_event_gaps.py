@@ -15,7 +15,7 @@ from serve_app.index.mirror import Mirror
 from serve_app.ports import free_port
 from serve_app.types import Trust
 from tests.engine import POD, SIZE, Engine, PublisherProcess, engine_hash, matched
-from tests.helpers import eventually
+from tests.helpers import collected, eventually
 from tests.proxy import HOST, Proxy
 
 pytestmark = pytest.mark.usefixtures("a_stop_is_short")
@@ -208,7 +208,7 @@ def test_an_older_engine_replays_without_the_topic(tmp_path: Path) -> None:
         engine = threading.Thread(target=answer)
         engine.start()
         received: list[Received] = []
-        eventually(lambda: bool(received.extend(source.read(10)) or len(received) == 2))
+        eventually(lambda: len(collected(received, lambda: source.read(10))) == 2)
         engine.join()
         assert [(one.seq, one.payload) for one in received] == [(0, b"first"), (1, b"second")]
         source.close()

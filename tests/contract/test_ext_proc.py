@@ -42,10 +42,11 @@ def gateway(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Gateway]:
     folder = tmp_path_factory.mktemp("envoy")
     *engines, picker_port = free_ports(3)
     addresses = [f"{HOST}:{port}" for port in engines]
-    both = [Envoy(folder, name, addresses, picker_port) for name in ("envoy.yaml", "original-dst.yaml")]
+    listing, original = (Envoy(folder, f"{name}.yaml", addresses, picker_port) for name in ("envoy", "original-dst"))
+    both = (listing, original)
     try:
         eventually(lambda: all(one.is_ready() for one in both), 20)
-        yield Gateway(*both, engines, picker_port)
+        yield Gateway(listing, original, engines, picker_port)
     finally:
         for one in both:
             one.stop()
@@ -406,7 +407,7 @@ class TestTrouble:
         assert named["x-request-id"].decode() == script.asked[0].request_id != ""  # the engine has it too
 
 
-async def ask(gateway: Gateway, *messages: bytes) -> list[object]:
+async def ask(gateway: Gateway, *messages: bytes) -> list[wire.ProcessingResponse]:
     """What the picker answers on a stream of these; nothing more than that if it breaks the stream off."""
     async with grpc.aio.insecure_channel(f"{HOST}:{gateway.picker_port}") as channel:
         call = channel.stream_stream(f"/{SERVICE}/{METHOD}")(iter(messages), timeout=5)

@@ -122,7 +122,7 @@ def config(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[St
     replicas = [
         ServerConfig(f"r{i}", "127.0.0.1", server.port, replica_id=f"id-{i}") for i, server in enumerate(stack.replicas)
     ]
-    local = ray_haproxy_module.get_localhost_ip()
+    local = ray_haproxy_module.get_localhost_ip()  # type: ignore[attr-defined]  # Ray does not export it
     routers = [ServerConfig(f"router{i}", local, server.port) for i, server in enumerate(stack.routers)]
     backends = {
         "llm": BackendConfig("llm", "/", servers=replicas, ingress_request_router_servers=routers, app_name="llm"),
@@ -171,7 +171,7 @@ def stack(
 
 
 def test_a_router_is_asked_with_the_body_and_the_path(stack: Stack) -> None:
-    answer = stack.post("/v1/completions?x=1", **{"x-request-id": "abc", "x-session-id": "s"})
+    answer = stack.post("/v1/completions?x=1", BODY, **{"x-request-id": "abc", "x-session-id": "s"})
     assert answer.json() == {"by": "r1"}
     ((path, headers, body),) = [request for router in stack.routers for request in router.requests]
     assert (path, json.loads(body)) == ("/internal/route", BODY)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Protocol
 
 import pytest
 
@@ -17,18 +16,11 @@ from tests.helpers import MODEL, eventually, keys, pod, shared
 A, B = PodId("a"), PodId("b")
 
 
-class Subject(Protocol):
-    """What the suite needs: the writer's calls, and a settled view of what readers see."""
-
-    writer: MemoryIndex | RedisWriter
-
-    def matched(self, prompt: BlockKeys, *pods: PodId) -> dict[PodId, dict[Tier, int]]: ...
-
-    def hits(self, prompt: BlockKeys) -> dict[PodId, int]: ...
-
-
 class InMemory:
+    """The writer's calls, and a settled view of what readers see."""
+
     def __init__(self) -> None:
+        self.writer: MemoryIndex | RedisWriter
         self.writer = self._index = MemoryIndex(tier_order=(GPU, CPU))
 
     def reader(self) -> MemoryIndex | Mirror:
@@ -47,7 +39,7 @@ class ThroughRedis(InMemory):
 
     def __init__(self, url: str) -> None:
         self.url = url
-        self.writer = RedisWriter(url, MODEL)
+        self.writer = self._writer = RedisWriter(url, MODEL)
         self._mirror = self._start()
 
     def _start(self) -> Mirror:
@@ -57,21 +49,23 @@ class ThroughRedis(InMemory):
         return mirror
 
     def reader(self) -> Mirror:
-        self.writer.flush()
-        for domain_id, published in self.writer._published.items():
-            self.writer.heartbeat(domain_id, HeartbeatRecord(published.domain.epoch))
+        self._writer.flush()
+        for domain_id, published in self._writer._published.items():
+            self._writer.heartbeat(domain_id, HeartbeatRecord(published.domain.epoch))
         self._settle()
         return self._mirror
 
     def _settle(self) -> None:
         """The mirror has applied the log's last entry."""
-        tail = self.writer._redis.xrevrange(self.writer._keys.log, count=1)
-        last = tail[0][0].decode() if tail else "0-0"
+        tail = self._writer._redis.xrevrange(self._writer._keys.log, count=1)
+        entry = tail[0][0] if tail else b"0-0"
+        assert isinstance(entry, bytes)
+        last = entry.decode()
         eventually(lambda: self._mirror._position == last)
 
     def close(self) -> None:
         self._mirror.close()
-        self.writer.close()
+        self._writer.close()
 
 
 class ThroughRedisLate(ThroughRedis):

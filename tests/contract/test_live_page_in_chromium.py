@@ -5,6 +5,7 @@ from __future__ import annotations
 import subprocess
 from collections.abc import AsyncIterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
 import yaml
@@ -13,6 +14,9 @@ from serve_app.access import hash_key
 from serve_app.client import AsyncKVCacheClient
 from tests.contract.score_server import PROMPT, Service
 from tests.contract.serve_router import SIZE, TOKENS, Fleet
+
+if TYPE_CHECKING:
+    from playwright.async_api import Browser, Page
 
 playwright = pytest.importorskip("playwright.async_api", reason="playwright is not installed (make setup)")
 
@@ -27,7 +31,7 @@ pytestmark = pytest.mark.skipif(not CHROMIUM, reason="Chromium is not installed 
 class Seen:
     """A tab, and what went wrong in it."""
 
-    def __init__(self, page: playwright.Page) -> None:
+    def __init__(self, page: Page) -> None:
         self.page = page
         self.asked: set[str] = set()  # hosts
         self.errors: list[str] = []
@@ -41,11 +45,12 @@ class Seen:
 
     async def fits(self) -> bool:
         """Nothing has to be scrolled sideways."""
-        return await self.page.evaluate("document.documentElement.scrollWidth <= document.documentElement.clientWidth")
+        root = "document.documentElement"
+        return bool(await self.page.evaluate(f"{root}.scrollWidth <= {root}.clientWidth"))
 
     async def contrasts(self) -> list[float]:
         """Of each colour of text against the card that it is on (WCAG 2.2); AA is 4.5."""
-        return await self.page.evaluate(
+        found: list[float] = await self.page.evaluate(
             """() => {
                 const probe = document.body.appendChild(document.createElement("i"));
                 const light = (name) => {
@@ -59,10 +64,11 @@ class Seen:
                     .map((ink) => (Math.max(ink, card) + 0.05) / (Math.min(ink, card) + 0.05));
             }"""
         )
+        return found
 
 
 @pytest.fixture
-async def browser() -> AsyncIterator[playwright.Browser]:
+async def browser() -> AsyncIterator[Browser]:
     async with playwright.async_playwright() as driver:
         browser = await driver.chromium.launch(executable_path=CHROMIUM, timeout=2 * WAIT_MS)
         yield browser
@@ -70,7 +76,7 @@ async def browser() -> AsyncIterator[playwright.Browser]:
 
 
 async def test_a_person_sees_where_the_last_request_went_and_why(
-    browser: playwright.Browser, redis_url: str, fleet: Fleet, tmp_path: Path
+    browser: Browser, redis_url: str, fleet: Fleet, tmp_path: Path
 ) -> None:
     keys = tmp_path / "keys"
     keys.write_text(yaml.safe_dump({"keys": [{"name": "me", "sha256": hash_key("secret"), "admin": True}]}))

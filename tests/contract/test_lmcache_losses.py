@@ -29,7 +29,7 @@ class Log:
 
     def __init__(self) -> None:
         self._bus = EventBus(EventBusConfig())
-        self._log: Any = KVEventModule(SimpleNamespace(event_bus=self._bus))  # type: ignore[arg-type]
+        self._log: Any = KVEventModule(SimpleNamespace(event_bus=self._bus))
         self._bus.start()
         self._stop = threading.Event()
         self._socket: zmq.Socket[bytes] = zmq.Context.instance().socket(zmq.ROUTER)

@@ -10,7 +10,8 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from serve_app import metric_table as table
 from serve_app.index.mirror import Mirror
-from serve_app.metrics import NAMED_MAX, IndexMetrics, RouterMetrics
+from serve_app.metric_table import NAMED_MAX
+from serve_app.metrics import IndexMetrics, RouterMetrics
 from serve_app.routing.receipts import Actual, Receipt
 from serve_app.service.instruments import PrometheusInstruments, Registered
 from serve_app.types import ModelId, Trust

@@ -93,12 +93,13 @@ def load(fleet: Fleet, scores: str, seconds: float) -> None:
     fleet.writer.join(replace(pods[0], degraded=True, doubt="events were lost"))
     fleet.writer.flush()
 
-    def beat(number: int) -> None:
+    def beat(number: int) -> bool:
         for pod in pods:
             counted = HeartbeatRecord(pod.epoch, events_applied=number, events_lost=number, beat=number)
             fleet.writer.heartbeat(pod.id, counted)
+        return True
 
-    eventually(lambda: beat(0) or is_ready(scores), TOKENIZER_S)  # type: ignore[func-returns-value]
+    eventually(lambda: beat(0) and is_ready(scores), TOKENIZER_S)
     until, number = time.monotonic() + seconds, 0
     with KVCacheClient(f"http://{scores}") as kv:
         while time.monotonic() < until:

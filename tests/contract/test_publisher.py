@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import msgspec
@@ -12,11 +12,11 @@ import redis
 from vllm.distributed.kv_events import AllBlocksCleared, BlockRemoved, BlockStored
 
 from serve_app.events.publisher import FEED_LATE_S, HEARTBEAT_S, Feed, PublisherConfig
-from serve_app.events.source import EventSource
+from serve_app.events.source import EventSource, Received
 from serve_app.index.mirror import Mirror
 from serve_app.types import Progress, Served, Trust
 from tests.engine import MODEL, POD, SIZE, Engine, PublisherProcess, engine_hash, matched
-from tests.helpers import eventually
+from tests.helpers import collected, eventually
 
 pytestmark = pytest.mark.usefixtures("a_stop_is_short")
 
@@ -93,19 +93,20 @@ def test_load_reports_reach_the_mirror(publisher: PublisherProcess, mirror: Mirr
     eventually(lambda: (load := mirror.load(POD)) is not None and load.in_flight == 3)
     publisher.tell(msgspec.json.encode(Feed(4)) + b"\n" + msgspec.json.encode(Feed(0, [served])))
     got: list[object] = []
-    eventually(lambda: got.extend(mirror.served()) or got)  # type: ignore[func-returns-value]
+    eventually(lambda: collected(got, mirror.served))
     assert got == [(POD, (served,))]
     eventually(lambda: (load := mirror.load(POD)) is not None and load.in_flight == 0)
 
 
 def test_the_room_that_is_left_in_the_cache_reaches_the_mirror(engine: Engine, redis_url: str, mirror: Mirror) -> None:
     publisher = PublisherProcess(engine, redis_url, capacity=10)
-    for act, unused in (
+    steps: list[tuple[Callable[[], object], int]] = [
         (lambda: engine.store(range(4 * SIZE)), 5),
         (lambda: engine.remove(range(SIZE)), 6),
         (lambda: engine.send(AllBlocksCleared()), 9),
         (lambda: engine.store(range(12 * SIZE)), 0),  # no less than none
-    ):
+    ]
+    for act, unused in steps:
         publisher.tell(msgspec.json.encode(Feed(1)))  # and then only the cache changes
         act()
         eventually(lambda: (load := mirror.load(POD)) is not None and load.unused_blocks == unused)  # noqa: B023
@@ -283,7 +284,7 @@ def test_a_gap_is_replayed_in_order(engine: Engine) -> None:
 def test_without_a_replay_socket_the_loss_is_counted(engine: Engine) -> None:
     engine.store_and_wait(5)
     source = EventSource(engine.endpoint)
-    received = []
+    received: list[Received] = []
 
     def read() -> bool:
         engine.store(range(20, 24))

@@ -20,7 +20,7 @@ from tests.helpers import eventually
 
 START_S = 15.0  # for two Python processes on a busy machine
 REPLICA = "replica-1"
-FIRST, SECOND = range(0, 8 * SIZE), range(1000, 1000 + 8 * SIZE)
+FIRST, SECOND = range(8 * SIZE), range(1000, 1000 + 8 * SIZE)
 
 
 class Ranks:
@@ -113,7 +113,7 @@ def test_one_of_the_ranks(ranks: Ranks, publish: Publish, mirror: Mirror) -> Non
 
 def test_a_member_of_a_gang_has_the_sockets_of_its_rank_only() -> None:
     member = Ranks(range(3, 4))
-    sub = zmq.Context.instance().socket(zmq.SUB)
+    sub: zmq.Socket[bytes] = zmq.Context.instance().socket(zmq.SUB)
     sub.subscribe("")
     sub.connect(member.sockets.of_rank(3).events)
     try:
@@ -140,7 +140,7 @@ def test_events_are_for_this_node_only(ranks: Ranks) -> None:
 def test_a_port_that_is_taken_meanwhile_ends_the_engine_and_the_next_replica_has_others() -> None:
     first = EventSockets(range(2))
     config = first.kv_events_config()
-    other = zmq.Context.instance().socket(zmq.PUB)
+    other: zmq.Socket[bytes] = zmq.Context.instance().socket(zmq.PUB)
     other.bind(endpoint_of_rank(config["endpoint"], 1))
     try:
         with pytest.raises(zmq.ZMQError, match="in use"):  # and not a rank that nobody hears

@@ -22,7 +22,7 @@ from serve_app.index.router_log import GONE_S, RouterLog, read_receipts
 from serve_app.routing.chooser import Chooser
 from serve_app.routing.desk import Desk
 from serve_app.types import GPU, EncodedKeys, Epoch, Found, Routed, Served, Trust
-from tests.helpers import MODEL, eventually, following, keys, pod
+from tests.helpers import MODEL, collected, eventually, following, keys, pod
 
 A, B = pod("a"), pod("b")
 
@@ -40,8 +40,10 @@ def test_two_routers_know_of_each_others_requests(redis_url: str) -> None:
     choosers = [Chooser(mirror.held) for mirror in mirrors]
     desks = [Desk(m, c, name) for m, c, name in zip(mirrors, choosers, ("one", "two"), strict=True)]
     try:
-        for thread in (*logs, *mirrors):
-            thread.start()
+        for log in logs:
+            log.start()
+        for mirror in mirrors:
+            mirror.start()
         eventually(lambda: all(log.shared for log in logs))
         eventually(lambda: all(len(mirror.pods()) == 2 for mirror in mirrors))
         assert A.pod is not None
@@ -63,8 +65,10 @@ def test_two_routers_know_of_each_others_requests(redis_url: str) -> None:
         assert choosers[0].ledger.queued_tokens(chosen) == 1600  # its own route came back and was not counted again
         assert choosers[1].choose([A.pod, B.pod], found, time.monotonic()).ranked[0] == chosen
     finally:
-        for thread in (*logs, *mirrors):
-            thread.close()
+        for log in logs:
+            log.close()
+        for mirror in mirrors:
+            mirror.close()
         writer.close()
 
 
@@ -119,7 +123,7 @@ def test_figures_of_served_requests_arrive_once(redis_url: str) -> None:
     writer.report_load(A.id, A.epoch, 3, [served])
     writer.flush()
     got: list[tuple[object, object]] = []
-    eventually(lambda: bool(got.extend(mirror.served()) or got))
+    eventually(lambda: collected(got, mirror.served))
     assert got == [(A.pod, (served,))]
     assert mirror.served() == []
     assert mirror.load(A.pod).in_flight == 3  # type: ignore[union-attr, arg-type]
@@ -132,8 +136,9 @@ def test_whose_predictions_do_not_hold_is_known_to_all_until_they_do(redis_url: 
     log, second = (RouterLog(redis_url, MODEL, name) for name in ("one", "two"))
     assert A.pod is not None
 
-    def beat() -> None:
+    def beat() -> bool:
         writer.heartbeat(A.id, HeartbeatRecord(A.epoch))
+        return True
 
     writer.join(A)
     writer.flush()
@@ -147,7 +152,7 @@ def test_whose_predictions_do_not_hold_is_known_to_all_until_they_do(redis_url: 
             assert other.trust(A.pod) is Trust.DEGRADED
             assert other.match(b"", [A.pod])[A.pod].trust is Trust.DEGRADED
             log.distrust({})
-            eventually(lambda: beat() or other.cause(A.id) == "", 15)  # type: ignore[func-returns-value]
+            eventually(lambda: beat() and other.cause(A.id) == "", 15)
             assert other.trust(A.pod) is Trust.EXACT
             log.distrust({A.pod: (Epoch(A.epoch - 1), "of a former life")})
             time.sleep(2.5)  # it is said every second
@@ -213,9 +218,10 @@ def test_a_publisher_whose_clock_is_off_begins_a_newer_life(
     writer.add(A.id, third, GPU, keys(1))
     writer.flush()
     with following(redis_url, MODEL) as mirror:
-        assert A.pod is not None
+        a = A.pod
+        assert a is not None
         writer.heartbeat(A.id, HeartbeatRecord(third))
-        eventually(lambda: mirror.match(keys(1), [A.pod])[A.pod].total_tokens > 0)
+        eventually(lambda: mirror.match(keys(1), [a])[a].total_tokens > 0)
         assert mirror.lag_s < 5  # by whatever clock
     writer.close()
 

@@ -89,7 +89,7 @@ async def test_who_got_it_is_known_by_its_rank(router: KVCacheAwareRouter, fleet
     first, second = request(1, of_client()), request(2, of_client())
     for pending, taker, expected in ((first, "a", "a#1"), (second, "b", "b#1")):
         assert (await choose(router, pending))[0] == "a"
-        router.on_request_routed(pending, Replica(taker).replica_id, None)
+        router.on_request_routed(pending, Replica(taker).replica_id, None)  # type: ignore[arg-type]  # unused
         assert routed.replica_of(pending.metadata.request_id) == expected
     now_s = time.monotonic()
     assert [router.decider.chooser.in_flight.count(pod_of_rank(*pod), now_s) for pod in (("a", 1), ("b", 1))] == [1, 1]

@@ -13,7 +13,7 @@ from vllm.v1.request import Request
 from serve_app.events.engine_groups import plain_layout
 from serve_app.events.publisher import Feed
 from serve_app.events.self_check import LASTING_S, SelfCheck
-from serve_app.events.wire import Event
+from serve_app.events.wire import BlockRemoved, BlockStored, Event
 from serve_app.index.keyspace import HeartbeatRecord
 from serve_app.index.mirror import Mirror
 from serve_app.types import Trust
@@ -59,7 +59,8 @@ def test_an_engine_of_more_groups_than_are_known_contradicts() -> None:
 
     def hear(events: list[Event]) -> None:
         nonlocal heard
-        heard += sum(len(event.block_hashes) for event in events if not getattr(event, "group_idx", 1))
+        stored = (event for event in events if isinstance(event, BlockStored | BlockRemoved) and not event.group_idx)
+        heard += sum(len(event.block_hashes) for event in stored)
 
     for tokens in (list(range(700)), list(range(1000, 1600))):
         engine.serve(engine.request(tokens), hear, free=False)

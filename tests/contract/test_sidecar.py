@@ -11,6 +11,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -25,10 +26,19 @@ from serve_app.index.mirror import Mirror
 from serve_app.ports import free_port, free_ports
 from serve_app.types import Domain, PodId
 from tests.engine import MODEL, SIZE, Engine, prompt
-from tests.helpers import eventually
-from tests.vllm_api import Api, model_list, with_labels, with_values
+from tests.helpers import collected, eventually
+from tests.vllm_api import Answer, Api, model_list, with_labels, with_values
 
 START_S = 30.0  # for two Python processes on a busy machine
+
+
+def same(answer: Answer, _: Any) -> Answer:
+    return answer
+
+
+def late(seconds: float, _: Any) -> Answer:
+    time.sleep(seconds)
+    return 200, b""
 
 
 class Sidecar:
@@ -154,7 +164,7 @@ def test_the_load_reaches_the_mirror(api: Api, start: Start, mirror: Mirror) -> 
     }
     api.metrics = with_values(api.metrics, num_requests_running=3.0, num_requests_waiting=2.0, **ended)
     eventually(lambda: in_flight(mirror, "p") == 5)
-    eventually(lambda: served.extend(mirror.served()) or served)  # type: ignore[func-returns-value]
+    eventually(lambda: collected(served, mirror.served))
     assert served == [("p", (("", 1500, 1000, 0.125, 0.25),))]
 
     def said_at_s() -> float:
@@ -166,7 +176,7 @@ def test_the_load_reaches_the_mirror(api: Api, start: Start, mirror: Mirror) -> 
     eventually(lambda: said_at_s() > before_s)  # what has not changed is news too: nobody else says when it does
     # What fails is counted, and stops nothing. Old figures are not told again.
     for answer in ((500, b""), (200, b"<html>"), (404, b"")):
-        api.answers["/metrics"] = lambda _, answer=answer: answer
+        api.answers["/metrics"] = partial(same, answer)
         time.sleep(1.2)
     before_s = said_at_s()
     assert record(mirror) is not None
@@ -392,9 +402,9 @@ def test_a_slow_server_is_waited_for(api: Api, start: Start, mirror: Mirror) -> 
     api.start()
     sidecar = start(api.url, "--pod", "p")
     eventually(lambda: "/health answers 503" in sidecar.log, START_S)
-    api.answers["/health"] = lambda _: (time.sleep(1.5), (200, b""))[1]
+    api.answers["/health"] = partial(late, 1.5)
     eventually(lambda: record(mirror) is not None, START_S)
-    api.answers["/metrics"] = lambda _: (time.sleep(60), (200, b""))[1]
+    api.answers["/metrics"] = partial(late, 60)
     time.sleep(6.0)
     assert record(mirror) is not None
     assert sidecar.get("/healthz")[0] == 200

@@ -11,6 +11,7 @@ import os
 import time
 import tracemalloc
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -277,14 +278,14 @@ def test_config_files(tmp_path: Path, raw: bytes) -> None:
     path = tmp_path / "file.yaml"
     path.write_bytes(raw)
     for read in (load_config, read_keys):
-        _only((ConfigError,), lambda read=read: read(path))
+        _only((ConfigError,), partial(read, path))
 
 
 @fuzz
 @given(st.dictionaries(st.sampled_from(list(RouterSettings.model_fields)) | TEXT, JSON, max_size=4))
 def test_settings(args: dict[str, Any]) -> None:
     for model in (RouterSettings, GraphArgs, LLMArgs):
-        _only((ConfigError, ValidationError), lambda model=model: model.model_validate(args))
+        _only((ConfigError, ValidationError), partial(model.model_validate, args))
 
 
 def _only(errors: tuple[type[Exception], ...], call: Callable[[], object]) -> None:

@@ -17,6 +17,7 @@ from serve_app import local_stack
 from serve_app.commands.configs import load_config
 from serve_app.config import REPLICA_HEADER
 from serve_app.haproxy import TIMEOUT_VARIABLE
+from serve_app.model import cache_home
 from serve_app.ports import free_port
 
 READY_TIMEOUT_S = 90.0
@@ -33,7 +34,7 @@ def start_stack(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Start]:
 
         def start(config: dict[str, Any], *, direct: bool) -> local_stack.Running:
             home = tmp_path_factory.mktemp("home")
-            models = Path(local_stack.cache_home() / "models")
+            models = Path(cache_home() / "models")
             models.mkdir(parents=True, exist_ok=True)
             (home / "models").symlink_to(models)  # built models are shared, run state is not
             patch.setenv("KVCACHE_HOME", str(home))

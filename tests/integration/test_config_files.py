@@ -13,7 +13,7 @@ import yaml
 from pydantic import ValidationError
 from ray.llm._internal.serve import constants as ray_constants
 from ray.llm._internal.serve.core.ingress import builder as ray_builder
-from ray.serve import Application
+from ray.serve import Application, Deployment
 from ray.serve._private import build_app as ray_build_app
 from ray.serve._private.build_app import build_app
 from ray.serve.llm import LLMConfig
@@ -38,6 +38,12 @@ def serve_configs() -> dict[str, dict[str, Any]]:
             if document["kind"] == "RayService":
                 found[f"helm/{example}"] = yaml.safe_load(document["spec"]["serveConfigV2"])
     return found
+
+
+def llm_config(deployment: Deployment) -> LLMConfig:
+    arguments: Any = deployment.init_kwargs  # a dict; Ray's annotation says a tuple
+    config: LLMConfig = arguments["llm_config"]
+    return config
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -122,7 +128,7 @@ class TestOneLine:
         file.write_text(yaml.safe_dump({"model_loading_config": {"model_id": "two"}}))
         given = [*self.ARGS["llm_configs"], str(file), LLMConfig(model_loading_config={"model_id": "three"})]
         app = build_app(build_openai_app(OpenAIArgs(llm_configs=given)), name="llm")
-        routers = [each.init_kwargs["llm_config"] for each in app.deployments if each.name.startswith("VLLMReplica")]
+        routers = [llm_config(each) for each in app.deployments if each.name.startswith("VLLMReplica")]
         models = [llm.deployment_config["request_router_config"]["request_router_kwargs"]["model"] for llm in routers]
         assert models == ["m", "two", "three"]
 
@@ -154,7 +160,7 @@ def test_engines_on_a_cpu_get_numbers_that_it_is_fast_with(engine: dict[str, Any
         llm = {"model_loading_config": {"model_id": "m"}, "engine_kwargs": engine_kwargs, **engine}
         deployments = build_app(build_llm(LLMArgs(llm=llm)), name="llm").deployments
         (replica,) = (each for each in deployments if each.name.startswith("VLLMReplica"))
-        return replica.init_kwargs["llm_config"].engine_kwargs.get("dtype")
+        return llm_config(replica).engine_kwargs.get("dtype")
 
     assert used() == dtype
     assert used(dtype="bfloat16") == "bfloat16"

@@ -212,7 +212,8 @@ class Pair:
 
 @pytest.fixture(scope="module", params=SETUPS, ids=str)
 def pair(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Pair:
-    return Pair(*request.param, tmp_path_factory.mktemp("model"))
+    family, template = request.param
+    return Pair(family, template, tmp_path_factory.mktemp("model"))
 
 
 @pytest.mark.parametrize("name", MESSAGES)
@@ -252,10 +253,10 @@ def test_tools_are_left_out(endpoint: str, tmp_path: Any) -> None:
     excluding.compare(endpoint, body)
 
 
-texts = st.lists(
+fragments = st.lists(
     st.sampled_from(FRAGMENTS[:-1]) | st.text(st.characters(exclude_categories=["Cs"]), max_size=3), max_size=3
 )
-texts = texts.map("".join)
+texts = fragments.map("".join)
 values = st.none() | st.booleans() | st.integers(-9, 9) | texts
 objects = st.dictionaries(texts, values, max_size=3)
 ids = st.sampled_from(["t1", "t2"])

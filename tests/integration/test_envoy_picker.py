@@ -79,4 +79,4 @@ async def prompt_tokens(envoy: Envoy, path: str, body: dict[str, Any]) -> int:
     whole = {name: value for name, value in body.items() if name != "stream_options"} | {"stream": False}
     async with envoy.client() as client:
         usage = (await client.post(path, json=whole, timeout=60)).json()["usage"]
-    return usage.get("prompt_tokens") or usage["input_tokens"] + usage.get("cache_read_input_tokens", 0)
+    return int(usage.get("prompt_tokens") or usage["input_tokens"] + usage.get("cache_read_input_tokens", 0))

@@ -42,7 +42,7 @@ class Engine:
     def __init__(self, folder: Path) -> None:
         model = tiny_models.build_vision(folder)
         endpoint = f"ipc://{folder}/events"
-        self._events = zmq.Context.instance().socket(zmq.SUB)
+        self._events: zmq.Socket[bytes] = zmq.Context.instance().socket(zmq.SUB)
         self._events.subscribe(b"")
         self._events.connect(endpoint)
         events = {"enable_kv_cache_events": True, "publisher": "zmq", "endpoint": endpoint}

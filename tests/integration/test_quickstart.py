@@ -10,7 +10,7 @@ import time
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import httpx
 import openai
@@ -141,9 +141,7 @@ def test_score_finds_the_blocks_of_the_same_request(http: httpx.Client, openai_c
         ("coverage", full_blocks / found["prompt_tokens"]),
     ):
         asked = {**body, "strategy": strategy}
-        eventually(
-            lambda asked=asked, expected=expected: score(http, asked)["scores"][replica] == pytest.approx(expected)
-        )
+        eventually(lambda: score(http, asked)["scores"][replica] == pytest.approx(expected))  # noqa: B023  # at once
 
 
 def test_completions_and_token_ids_are_scored_alike(http: httpx.Client, openai_client: openai.OpenAI) -> None:
@@ -337,8 +335,8 @@ def test_the_audit_replays_a_file_and_says_what_it_cannot_compare(stack: local_s
 
 def exported(stack: local_stack.Running) -> str:
     """What Ray's Prometheus endpoints say."""
-    with open(f"{session_folder(stack)}/prom_metrics_service_discovery.json") as file:
-        targets = json.load(file)[0]["targets"]
+    path = Path(f"{session_folder(stack)}/prom_metrics_service_discovery.json")
+    targets = json.loads(path.read_text())[0]["targets"]
     return "".join(httpx.get(f"http://{target}/metrics", timeout=10).text for target in targets)
 
 
@@ -358,7 +356,7 @@ def test_metrics_are_on_rays_prometheus_endpoint(stack: local_stack.Running) -> 
         "kvcache_router_loop_lag_seconds{",
         "kvcache_router_ttft_seconds_bucket{",
     ):
-        eventually(lambda name=name: re.search(name, exported(stack)), 30)
+        eventually(lambda: re.search(name, exported(stack)), 30)  # noqa: B023  # at once
 
 
 def test_a_tier_that_is_not_indexed_is_in_the_metrics(stack: local_stack.Running, valkey_url: str) -> None:
@@ -484,7 +482,7 @@ class _Load:
         self._stop = threading.Event()
         self._threads = [threading.Thread(target=self._run, args=(number,)) for number in range(8)]
 
-    def __enter__(self) -> _Load:
+    def __enter__(self) -> Self:
         for thread in self._threads:
             thread.start()
         return self

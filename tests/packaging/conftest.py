@@ -1,3 +1,5 @@
+"""The package as a wheel, in environments of their own."""
+
 from __future__ import annotations
 
 import shutil

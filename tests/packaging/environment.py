@@ -115,7 +115,7 @@ def _link(each: Distribution, site: Path) -> None:
         link = site / name
         if not link.is_symlink():
             link.parent.mkdir(parents=True, exist_ok=True)
-            link.symlink_to(each.locate_file(name))
+            link.symlink_to(str(each.locate_file(name)))
 
 
 @cache

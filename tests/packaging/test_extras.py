@@ -134,13 +134,17 @@ class TestBase:
             ),
             (
                 ["serve-scores", "--model", "m"],
-                "kvcache serve-scores needs `grpc_health`, which is not installed: "
-                'pip install "kvcache-manager[service]"',
+                (
+                    "kvcache serve-scores needs `grpc_health`, which is not installed: "
+                    'pip install "kvcache-manager[service]"'
+                ),
             ),
             (
                 ["demo"],
-                "kvcache demo needs `vllm`, which is not installed: "
-                'pip install "kvcache-manager[cpu]" or pip install "kvcache-manager[gpu]"',
+                (
+                    "kvcache demo needs `vllm`, which is not installed: "
+                    'pip install "kvcache-manager[cpu]" or pip install "kvcache-manager[gpu]"'
+                ),
             ),
         ],
     )

@@ -1,3 +1,5 @@
+"""The `kvcache` command, run in this process."""
+
 from __future__ import annotations
 
 import io

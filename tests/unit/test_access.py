@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -89,7 +90,8 @@ def test_a_changed_file_counts_without_a_restart(tmp_path: Path, caplog: pytest.
     assert access.caller(bearer("new"), 2).name == "b"
     with pytest.raises(AccessDenied):
         access.caller(bearer(KEY), 2)
-    for number, spoil in enumerate((lambda: path.write_text("keys: ["), path.unlink)):
+    spoilers: tuple[Callable[[], object], ...] = (lambda: path.write_text("keys: ["), path.unlink)
+    for number, spoil in enumerate(spoilers):
         spoil()
         with caplog.at_level(logging.ERROR):
             assert access.caller(bearer("new"), 4 + 2 * number).name == "b"  # neither open nor shut

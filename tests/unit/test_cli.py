@@ -8,8 +8,8 @@ from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from importlib.metadata import version
 from pathlib import Path
+from typing import Protocol
 
-import click
 import pytest
 import typer
 from typer.testing import CliRunner
@@ -131,7 +131,11 @@ def test_tokenize_wants_a_request(run: Run, stdin: bytes) -> None:
     assert said.startswith("error: stdin is not an OpenAI request as JSON")
 
 
-def help_of(command: typer.core.TyperGroup | click.Command, name: str = "kvcache") -> Iterator[tuple[str, str]]:
+class Command(Protocol):
+    epilog: str | None
+
+
+def help_of(command: Command, name: str = "kvcache") -> Iterator[tuple[str, str]]:
     """Each command's whole name, and the end of its help."""
     for each, sub in getattr(command, "commands", {}).items():
         yield from help_of(sub, f"{name} {each}")

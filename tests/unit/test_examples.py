@@ -21,7 +21,7 @@ def load(path: Path) -> Any:
 
 def test_every_folder_is_in_the_table_and_has_a_readme() -> None:
     folders = {path.name for path in EXAMPLES.iterdir() if path.is_dir()}
-    assert set(re.findall(r"^\| \[(.+?)\]\((?:.+?)/\)", (EXAMPLES / "README.md").read_text(), re.M)) == folders
+    assert set(re.findall(r"^\| \[(.+?)\]\((?:.+?)/\)", (EXAMPLES / "README.md").read_text(), re.MULTILINE)) == folders
     assert all((EXAMPLES / folder / "README.md").exists() for folder in folders)
 
 
@@ -58,7 +58,7 @@ class TestLMCacheSharedTier:
         assert load(self.FOLDER / "serve.yaml") == load(CONFIGS / "quickstart-lmcache.yaml")
 
     def test_it_is_the_quickstart_with_the_section_that_the_readme_shows(self) -> None:
-        (shown,) = re.findall(r"```yaml\n(.+?)```", (self.FOLDER / "README.md").read_text(), re.S)
+        (shown,) = re.findall(r"```yaml\n(.+?)```", (self.FOLDER / "README.md").read_text(), re.DOTALL)
         (graph, llm), (plain_graph, plain_llm) = (
             load(path)["applications"] for path in (self.FOLDER / "serve.yaml", CONFIGS / "quickstart.yaml")
         )

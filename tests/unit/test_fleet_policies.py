@@ -31,6 +31,7 @@ def test_a_replica_that_refuses_is_not_chosen_again(name: str) -> None:
         request = builder.request(0.0, (), 100, 5, 0)
         for _ in range(4):
             chosen = policy.route(request, 0.0, loads)
+            assert chosen is not None
             assert chosen not in loads.closed
             loads.closed.add(chosen)
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import pytest
 
@@ -22,7 +22,7 @@ def traffic(seed: int, count: int = 150) -> Iterator[Record]:
     rng, keys = random.Random(seed), Keys()
     builder = Builder(keys)
     shared = [keys.fresh(rng.randint(3, 25)) for _ in range(6)]
-    known = list(shared)
+    known: list[Sequence[BlockKey]] = list(shared)
     at_s = 0.0
     for _ in range(count):
         at_s += rng.expovariate(12.0)

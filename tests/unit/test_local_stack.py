@@ -15,6 +15,7 @@ from typing import Any
 
 import psutil
 import pytest
+import typer
 
 from serve_app import local_stack
 from serve_app.commands import stack as commands
@@ -112,13 +113,13 @@ class TestAfterACrash:
         assert local_stack.current() is None
         assert local_stack.last() == running
         assert {one.pid for one in local_stack.orphans(None)} == {process.pid for process in left}
-        with pytest.raises(commands.typer.Exit) as ended:
+        with pytest.raises(typer.Exit) as ended:
             commands.status()
         assert ended.value.exit_code == 1
         said = capsys.readouterr().err
         assert f"the server (pid {running.pid}) has ended by itself" in said
         assert "2 of its processes are left: `kvcache down` ends them" in said
-        with pytest.raises(commands.typer.Exit):
+        with pytest.raises(typer.Exit):
             commands.status(as_json=True)
         told = json.loads(capsys.readouterr().out)
         assert (told["running"], sorted(told["left"])) == (False, sorted(process.pid for process in left))

@@ -40,7 +40,7 @@ class LruPool:
             self.held[key] = b"engine" + key
         if hit < len(keys):
             parent = b"engine" + keys[hit - 1] if hit else None
-            stored = [b"engine" + key for key in keys[hit:]]
+            stored: list[bytes | int] = [b"engine" + key for key in keys[hit:]]
             events.append(BlockStored(stored, parent, tokens[hit * SIZE : len(keys) * SIZE], SIZE, medium="GPU"))
         return events
 

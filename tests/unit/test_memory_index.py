@@ -1,6 +1,7 @@
 """What only the in-memory index has: liveness, bits of domains, and the cap."""
 
 from dataclasses import replace
+from typing import Any
 
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -96,14 +97,13 @@ operations = st.lists(
 
 @settings(max_examples=300, deadline=None)
 @given(operations, some_keys)
-def test_equals_a_plain_model(history: list[tuple[object, ...]], prompt: list[int]) -> None:
+def test_equals_a_plain_model(history: list[tuple[Any, ...]], prompt: list[int]) -> None:
     """Against sets of blocks, with the matching rule written out: tier after tier, each going on from the last."""
     index = MemoryIndex(tier_order=(GPU, CPU))
     model: dict[str, dict[Tier, set[int]]] = {}
     epochs = dict.fromkeys("abc", 0)
     down: set[str] = set()
     for operation, name, *rest in history:
-        assert isinstance(name, str)
         domain, epoch = DomainId(name), Epoch(epochs[name])
         match operation:
             case "join":
@@ -127,10 +127,10 @@ def test_equals_a_plain_model(history: list[tuple[object, ...]], prompt: list[in
             case "add" | "remove":
                 tier, numbers = rest
                 if name in model:
-                    blocks = model[name][tier]  # type: ignore[index]
-                    (blocks.update if operation == "add" else blocks.difference_update)(numbers)  # type: ignore[call-overload]
+                    blocks = model[name][tier]
+                    (blocks.update if operation == "add" else blocks.difference_update)(numbers)
                 change = index.add if operation == "add" else index.remove
-                change(domain, epoch, tier, keys(*numbers))  # type: ignore[arg-type, misc]
+                change(domain, epoch, tier, keys(*numbers))
         down &= model.keys()
 
     found = index.match(keys(*prompt), count_hits=True)

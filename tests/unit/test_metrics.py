@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from serve_app.deployments.ray_host import RayInstruments
-from serve_app.metrics import NAMED_MAX, Named, RouterMetrics
+from serve_app.metric_table import NAMED_MAX
+from serve_app.metrics import Named, RouterMetrics
 from serve_app.routing.receipts import Actual, Receipt
 
 

@@ -17,7 +17,7 @@ async def test_concurrent_callers_share_one_making() -> None:
         return key.upper()
 
     once = Once(make)
-    assert await asyncio.gather(once("a"), once("a"), once("b"), once("a")) == ["A", "A", "B", "A"]
+    assert await asyncio.gather(*map(once, "aaba")) == ["A", "A", "B", "A"]
     assert await once("a") == "A"
     assert sorted(made) == ["a", "b"]
 
@@ -57,7 +57,7 @@ async def test_a_failure_stands_for_a_while_and_is_then_tried_again() -> None:
 
 
 async def test_who_does_not_wait_finds_it_made_later() -> None:
-    once = Once(lambda key: key + 1)
+    once: Once[int, int] = Once(lambda key: key + 1)
     making = once.start(1)
     assert not making.done()
     assert await once(1) == 2

@@ -61,7 +61,7 @@ def test_what_the_engine_says_is_enough(monkeypatch: pytest.MonkeyPatch) -> None
 
 
 def test_what_is_given_wins(caplog: pytest.LogCaptureFixture) -> None:
-    given = {
+    given: dict[str, Any] = {
         "engine": "tcp://10.0.0.9:7000",
         "replay": "tcp://10.0.0.9:7001",
         "pod": "gpu-7",
@@ -183,7 +183,7 @@ def test_without_a_server_all_is_as_given() -> None:
 
 @pytest.mark.parametrize("missing", ["engine", "pod", "model"])
 def test_without_a_server_the_engine_must_be_given(missing: str) -> None:
-    given = {"engine": "tcp://h:5557", "pod": "p", "model": "m", missing: ""}
+    given: dict[str, Any] = {"engine": "tcp://h:5557", "pod": "p", "model": "m", missing: ""}
     check: Callable[..., None] = Given("redis://r", **given).check
     check(discovers=True)
     with pytest.raises(ConfigError, match=f"--{missing} must be given, or --server URL"):

@@ -41,8 +41,8 @@ LLAMA3_PATTERN = (
 )
 
 
-def _bpe(**options: object) -> tuple[Tokenizer, trainers.BpeTrainer]:
-    return Tokenizer(models.BPE(unk_token="<unk>", **options)), trainers.BpeTrainer(
+def _bpe() -> tuple[Tokenizer, trainers.BpeTrainer]:
+    return Tokenizer(models.BPE(unk_token="<unk>", fuse_unk=True, byte_fallback=True)), trainers.BpeTrainer(
         vocab_size=600, special_tokens=["<unk>", "<s>", "</s>"], show_progress=False
     )
 
@@ -84,7 +84,7 @@ def _llama3() -> Tokenizer:
 
 
 def _metaspace(scheme: str, split: bool = True) -> Tokenizer:
-    tokenizer, trainer = _bpe(fuse_unk=True, byte_fallback=True)
+    tokenizer, trainer = _bpe()
     tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme=scheme, split=split)
     tokenizer.train_from_iterator(CORPUS, trainer)
     return tokenizer
@@ -92,7 +92,7 @@ def _metaspace(scheme: str, split: bool = True) -> Tokenizer:
 
 def _llama2() -> Tokenizer:
     """Prefix space by normalizer, no pre-tokenizer."""
-    tokenizer, trainer = _bpe(fuse_unk=True, byte_fallback=True)
+    tokenizer, trainer = _bpe()
     tokenizer.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
     tokenizer.train_from_iterator([line for text in CORPUS for line in text.split()], trainer)
     return tokenizer

@@ -1,3 +1,5 @@
+"""Chats are rendered with the template and the settings that the engine has."""
+
 from __future__ import annotations
 
 from pathlib import Path

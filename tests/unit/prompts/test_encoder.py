@@ -1,3 +1,5 @@
+"""From a request to the keys of its blocks."""
+
 from __future__ import annotations
 
 import pickle

@@ -1,3 +1,5 @@
+"""Each form of request is recognised by its body, and scored or refused as such."""
+
 from __future__ import annotations
 
 from contextlib import suppress
@@ -85,7 +87,7 @@ def test_what_they_do_not_is_ambiguous(encoder: PromptEncoder) -> None:
 
 @pytest.mark.parametrize("body", [{"messages": [USER], "system": "s"}, {"input": "hi"}, {"token_ids": [1, 2, 3, 4]}])
 def test_adapters_and_salts_have_blocks_of_their_own(encoder: PromptEncoder, body: dict[str, Any]) -> None:
-    names = ({}, {"model": None}, {"model": "m"}, {"model": "lora"}, {"cache_salt": "s"})
+    names: list[dict[str, Any]] = [{}, {"model": None}, {"model": "m"}, {"model": "lora"}, {"cache_salt": "s"}]
     keys = [encoder.encode(body | name)[0].block_keys for name in names]
     assert keys[0] == keys[1] == keys[2]
     assert len(set(keys)) == 3

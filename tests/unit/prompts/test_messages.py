@@ -1,3 +1,5 @@
+"""Messages reach the template in the shape that vLLM gives them."""
+
 from __future__ import annotations
 
 import copy
@@ -112,7 +114,7 @@ def test_refused(message: dict[str, Any], reason: str | None) -> None:
 
 
 def test_developer_becomes_system_and_all_system_messages_one() -> None:
-    conversation = [
+    conversation: list[dict[str, Any]] = [
         {"role": "system", "content": "One."},
         {"role": "user", "content": "hi"},
         {"role": "developer", "content": [{"type": "text", "text": "Two."}, {"type": "text", "text": "Three."}]},
@@ -125,5 +127,8 @@ def test_developer_becomes_system_and_all_system_messages_one() -> None:
 
 
 def test_developer_in_front_keeps_its_parts() -> None:
-    conversation = [{"role": "developer", "content": [], "tools": None, "name": "n"}, {"role": "user", "content": "hi"}]
+    conversation: list[dict[str, Any]] = [
+        {"role": "developer", "content": [], "tools": None, "name": "n"},
+        {"role": "user", "content": "hi"},
+    ]
     assert developer_to_system(conversation)[0] == {"role": "system", "content": [], "name": "n"}

@@ -1,3 +1,5 @@
+"""The store of token ids by prefix: what it shares, and what it evicts."""
+
 from __future__ import annotations
 
 import gc

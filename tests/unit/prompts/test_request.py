@@ -1,3 +1,5 @@
+"""The fields of a request that decide about its prompt, with vLLM's defaults."""
+
 from __future__ import annotations
 
 from typing import Any

@@ -16,7 +16,7 @@ from serve_app.prompts.encoder import PromptEncoder
 from serve_app.prompts.prefix_store import PrefixStore
 from serve_app.prompts.service import LIGHT_IDS, MAX_PREPARING, PromptService, is_light
 from serve_app.prompts.tokenizer import Segment, Tokenizer
-from serve_app.types import EncodedKeys, EngineSpec, ModelId
+from serve_app.types import EncodedKeys, EngineSpec, ModelId, TokenizerSource
 
 MODEL = ModelId("m")
 KNOWN, DOCUMENT = "You are a helpful assistant. " * 20, "The river rose in the night. " * 200
@@ -31,7 +31,7 @@ class Elsewhere:
         self.open = asyncio.Event()
         self.fails = False
 
-    async def __call__(self, source: str, segments: Sequence[Segment]) -> list[bytes]:
+    async def __call__(self, source: TokenizerSource, segments: Sequence[Segment]) -> list[bytes]:
         self.asked += [segment.text for segment in segments]
         await self.open.wait()
         if self.fails:
@@ -179,8 +179,10 @@ async def test_a_tokenizer_that_cannot_be_loaded_is_tried_and_logged_once(
             await asyncio.wait([service.encoder.start(spec)])
     assert reasons == ["tokenizer_loading" if deadline_s else "no_tokenizer", "no_tokenizer", "no_tokenizer"]
     assert [record.message for record in caplog.records if "cannot be loaded" in record.message] == [
-        f"kvcache: tokenizer {spec.tokenizer!r} cannot be loaded, so no request is scored; "
-        "the first after 30 s tries again"
+        (
+            f"kvcache: tokenizer {spec.tokenizer!r} cannot be loaded, so no request is scored; "
+            "the first after 30 s tries again"
+        )
     ]
 
 

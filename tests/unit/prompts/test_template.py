@@ -1,3 +1,5 @@
+"""What a chat template tells of itself: its content format and its variables."""
+
 from __future__ import annotations
 
 import pytest

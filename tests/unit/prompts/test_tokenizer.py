@@ -1,3 +1,5 @@
+"""Text that is cut, tokenized in parts and joined has the ids of the whole."""
+
 from __future__ import annotations
 
 from concurrent.futures import ThreadPoolExecutor

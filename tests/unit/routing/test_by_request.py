@@ -120,7 +120,7 @@ def test_what_is_known_of_requests_is_bounded() -> None:
             in_flight.sent(pod, START_S + i / 100, request_tag(f"{i}"))
         early.told(A, request_tag(f"{i}"))
     for known in (in_flight._sent, in_flight._on_the_way):
-        assert max(map(len, known.values())) <= 100 * max(FORGET_S, ACCEPT_S) + 1  # type: ignore[attr-defined]
+        assert max(map(len, known.values())) <= 100 * max(FORGET_S, ACCEPT_S) + 1
     assert not early.was_told(A, request_tag("0"))
     assert early.was_told(A, request_tag("19999"))
     assert len(early._told) < EARLY_MAX

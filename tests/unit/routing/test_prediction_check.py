@@ -8,6 +8,7 @@ import msgspec
 import pytest
 
 from serve_app.events.engine_blocks import Added, EngineBlocks, Removed
+from serve_app.events.wire import BlockStored, Event
 from serve_app.routing.prediction_check import HEALED, MISSES, WINDOW, PredictionCheck
 from serve_app.routing.receipts import Actual, Receipt, Terms
 from serve_app.types import Domain, EngineSpec, PodId
@@ -115,20 +116,20 @@ def test_a_hybrid_taken_for_a_plain_engine_is_noticed_in_under_20_requests() -> 
     followed.index.leave(DOMAIN, EPOCH)
     followed.index.join(Domain(DOMAIN, EPOCH, EngineSpec(MODEL, BLOCK_SIZE, "t"), POD))
 
-    def hear(events: list[object]) -> None:
+    def hear(events: list[Event]) -> None:
         told = [
-            msgspec.structs.replace(event, kv_cache_spec_kind=None) if hasattr(event, "kv_cache_spec_kind") else event
+            msgspec.structs.replace(event, kv_cache_spec_kind=None) if isinstance(event, BlockStored) else event
             for event in events
             if not getattr(event, "group_idx", 0)  # group 0 speaks for all, as before there were groups
         ]
-        for change in plain.apply(told):  # type: ignore[arg-type]
+        for change in plain.apply(told):
             match change:
                 case Added(tier, keys):
                     followed.index.add(DOMAIN, EPOCH, tier, keys)
                 case Removed(tier, keys):
                     followed.index.remove(DOMAIN, EPOCH, tier, keys)
 
-    followed.hear = hear  # type: ignore[method-assign, assignment]
+    followed.hear = hear  # type: ignore[method-assign]
     check, requests = run(followed, 60)
     assert requests < 20
     assert "reused more than was predicted" in check.causes[POD]

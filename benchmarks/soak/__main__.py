@@ -32,21 +32,19 @@ from typing import Any
 
 import redis
 
-ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))  # the script runs from anywhere
+from benchmarks.overhead.environment import environment
+from benchmarks.soak.children import Children
+from benchmarks.soak.real import RealEngine, start_real_engines
+from benchmarks.soak.report import Seen, report
+from benchmarks.soak.truth import Truth
+from benchmarks.soak.verdict import WARM_UP_S
+from benchmarks.soak.wire import Asker, EnginesConfig, FollowerConfig, control, events, replay
+from serve_app.events.publisher import PublisherConfig
+from serve_app.index.keyspace import Keyspace
+from serve_app.index.valkey import _binary as valkey_binary
+from serve_app.types import ModelId
 
-from benchmarks.overhead.environment import environment  # noqa: E402
-from benchmarks.soak.children import Children  # noqa: E402
-from benchmarks.soak.real import RealEngine, start_real_engines  # noqa: E402
-from benchmarks.soak.report import Seen, report  # noqa: E402
-from benchmarks.soak.truth import Truth  # noqa: E402
-from benchmarks.soak.verdict import WARM_UP_S  # noqa: E402
-from benchmarks.soak.wire import Asker, EnginesConfig, FollowerConfig, control, events, replay  # noqa: E402
-from serve_app.events.publisher import PublisherConfig  # noqa: E402
-from serve_app.index.keyspace import Keyspace  # noqa: E402
-from serve_app.index.valkey import _binary as valkey_binary  # noqa: E402
-from serve_app.types import ModelId  # noqa: E402
-
+ROOT = Path(__file__).resolve().parents[2]
 MODEL = ModelId("smol")  # of all engines, so that one mirror follows 64 pods
 BLOCK_SIZE = 32  # tokens; vLLM's CPU attention takes no less
 CLEAR_ALL_FROM, CLEAR_ALL_UNTIL = 0.2, 0.3  # of the warm-up: the pools are full, and fill up again
@@ -100,7 +98,7 @@ class Soak:
             self._askers[name] = Asker(control(self._folder, name))
             engine_of |= dict.fromkeys(pods, self._askers[name])
         for pod in self._pods:
-            config = PublisherConfig(
+            publisher = PublisherConfig(
                 self._url,
                 MODEL,
                 pod,
@@ -109,7 +107,7 @@ class Soak:
                 block_size=BLOCK_SIZE,
                 capacity=args.blocks // args.publishers + 1,
             )
-            children.python(f"publisher-{pod}", "publisher", "serve_app.events", config)
+            children.python(f"publisher-{pod}", "publisher", "serve_app.events", publisher)
         self._wait(lambda: all(engine.is_up() for engine in self._real), "vLLM")
         for engine in self._real:
             engine.step_back(children)
@@ -175,7 +173,7 @@ class Soak:
         }
         return {
             "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-            "command": " ".join(["benchmarks/soak.py", *sys.argv[1:]]),
+            "command": " ".join(["-m benchmarks.soak", *sys.argv[1:]]),
             "duration_s": round(lasted_s, 1),
             "stopped_early": self._stop.is_set(),
             "failure": self._failure,
