@@ -118,8 +118,14 @@ bench-score: bench-setup ## what a score costs in process, over HTTP and gRPC, i
 	@$(BIN)/python benchmarks/bench_score.py $(ARGS)
 
 .PHONY: docs
-docs: setup ## write docs/metrics.md and Grafana's dashboards again
+docs: setup ## write what is generated again: docs/metrics.md, docs/reference and Grafana's dashboards
 	@$(BIN)/python scripts/dashboards.py
+	@$(BIN)/python scripts/reference.py
+
+.PHONY: site
+site: docs ## build the documentation as a site in site/, strictly (ARGS='--site-dir DIR')
+	@$(BIN)/python -c "import material" 2>/dev/null || $(BIN)/pip install --quiet -c constraints.txt -e '.[docs]'
+	@$(BIN)/python -m mkdocs build --strict --quiet $(ARGS)
 
 .PHONY: golden
 golden: setup ## write what the chart's examples render to into tests/golden again
