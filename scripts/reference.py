@@ -1,4 +1,4 @@
-"""Writes docs/reference/: configuration, commands, HTTP, gRPC and wire formats, each from the code that defines it.
+"""Writes docs/reference/ (configuration, commands, HTTP, gRPC, wire formats) and the runbooks, from what defines them.
 
     make docs
 
@@ -18,6 +18,7 @@ from types import UnionType
 from typing import Annotated, Any, Final, Literal, Union, get_args, get_origin
 
 import typer
+import yaml
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 from pydantic_core import PydanticUndefined
@@ -31,6 +32,7 @@ from serve_app.service.openapi import document
 
 ROOT: Final = Path(__file__).parents[1]
 FOLDER: Final = ROOT / "docs/reference"
+RUNBOOKS: Final = ROOT / "docs/operations/runbooks.md"
 _WRITTEN: Final = "Written by `make docs` from"
 
 SECTIONS: Final[tuple[tuple[str, str, tuple[type[BaseModel], ...]], ...]] = (
@@ -80,7 +82,8 @@ _STRUCTS: Final = (
 def files() -> dict[Path, str]:
     """All that is written."""
     pages = {"config": config_page(), "cli": cli_page(), "http": http_page(), "grpc": grpc_page(), "wire": wire_page()}
-    return {FOLDER / f"{name}.md": text.rstrip() + "\n" for name, text in pages.items()}
+    paths = {FOLDER / f"{name}.md": text for name, text in pages.items()} | {RUNBOOKS: runbooks_page()}
+    return {path: text.rstrip() + "\n" for path, text in paths.items()}
 
 
 def config_page() -> str:
@@ -272,6 +275,21 @@ def _struct(node: ast.ClassDef, comments: dict[int, str]) -> str:
     ]
     table = ["| field | type | default | meaning |", "| --- | --- | --- | --- |", *rows] if rows else []
     return "\n".join((f"### {node.name}", "", ast.get_docstring(node) or "", "", *table)).rstrip()
+
+
+def runbooks_page() -> str:
+    groups = yaml.safe_load((ROOT / "serve_app/dashboards/rules.yaml").read_text())["groups"]
+    parts = [
+        f"# Runbooks\n\n{_WRITTEN} serve_app/dashboards/rules.yaml. Each alert's `description` is its runbook. How to "
+        "load the alerts: [Prometheus and Grafana](../../cluster/README.md#prometheus-and-grafana).",
+    ]
+    for rule in (rule for group in groups for rule in group["rules"]):
+        parts.append(
+            f"## {rule['alert']}\n\n**{rule['labels']['severity'].capitalize()}**"
+            f"{', after ' + rule['for'] if 'for' in rule else ', at once'}. {rule['annotations']['description'].strip()}"
+            f"\n\n```promql\n{rule['expr'].strip()}\n```"
+        )
+    return "\n\n".join(parts)
 
 
 def _cell(text: str) -> str:
