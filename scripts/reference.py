@@ -284,11 +284,10 @@ def runbooks_page() -> str:
         "load the alerts: [Prometheus and Grafana](../../cluster/README.md#prometheus-and-grafana).",
     ]
     for rule in (rule for group in groups for rule in group["rules"]):
-        parts.append(
-            f"## {rule['alert']}\n\n**{rule['labels']['severity'].capitalize()}**"
-            f"{', after ' + rule['for'] if 'for' in rule else ', at once'}. {rule['annotations']['description'].strip()}"
-            f"\n\n```promql\n{rule['expr'].strip()}\n```"
-        )
+        severity, runbook = rule["labels"]["severity"].capitalize(), rule["annotations"]["description"].strip()
+        when = f"after {rule['for']}" if "for" in rule else "at once"
+        query = f"```promql\n{rule['expr'].strip()}\n```"
+        parts.append(f"## {rule['alert']}\n\n**{severity}**, {when}. {runbook}\n\n{query}")
     return "\n\n".join(parts)
 
 

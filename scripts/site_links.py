@@ -1,7 +1,7 @@
 """A hook of MkDocs (mkdocs.yml): pages that are at home elsewhere in the repository, and links that leave docs/.
 
-In: Markdown whose relative links are right in the repository. Out: Markdown whose links are right in the site. A link to
-a file that is no page leads to `repo_url`; without one it becomes the file's path.
+In: Markdown whose relative links are right in the repository. Out: Markdown whose links are right in the site.
+A link to a file that is no page leads to `repo_url`; without one it becomes the file's path.
 """
 
 from __future__ import annotations
