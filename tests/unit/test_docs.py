@@ -50,7 +50,7 @@ def script(name: str) -> ModuleType:
 
 
 REFERENCE = script("reference")
-SITE = script("site_links")
+SITE = script("site_pages")
 
 
 def test_generated_pages_are_up_to_date() -> None:

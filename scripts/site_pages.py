@@ -1,15 +1,19 @@
-"""A hook of MkDocs (mkdocs.yml): pages that are at home elsewhere in the repository, and links that leave docs/.
+"""Writes the pages of the site: docs/, and pages that are at home elsewhere in the repository.
+
+    python scripts/site_pages.py build/docs
 
 In: Markdown whose relative links are right in the repository. Out: Markdown whose links are right in the site.
-A link to a file that is no page leads to `repo_url`; without one it becomes the file's path.
+A link to a file that is no page becomes the file's path; with KVCACHE_REPOSITORY_URL it leads there.
 """
 
 from __future__ import annotations
 
 import os
 import re
+import shutil
+import sys
 from pathlib import Path
-from typing import Any, Final
+from typing import Final
 
 ROOT: Final = Path(__file__).resolve().parents[1]
 DOCS: Final = ROOT / "docs"
@@ -26,19 +30,18 @@ LINK: Final = re.compile(r"(?<!!)\[((?:[^\[\]]|\[[^\[\]]*\])*)\]\(([^()\s]+)\)")
 _FENCE: Final = re.compile(r"(^ *```.*?^ *```)", re.M | re.S)
 
 
-def on_files(files: Any, config: Any) -> Any:
-    """MkDocs' event: adds the pages of ELSEWHERE."""
-    from mkdocs.structure.files import File
+def copy(destination: Path) -> None:
+    """Writes the site's pages: docs/, and those of ELSEWHERE."""
+    shutil.rmtree(destination, ignore_errors=True)
+    shutil.copytree(DOCS, destination)
+    for page in [*(str(path.relative_to(DOCS)) for path in DOCS.rglob("*.md")), *ELSEWHERE]:
+        text = source(page).read_text()
+        (destination / page).write_text(within_the_site(text, page, os.environ.get("KVCACHE_REPOSITORY_URL", "")))
 
-    for page, source in ELSEWHERE.items():
-        files.append(File.generated(config, page, abs_src_path=str(ROOT / source)))
-    return files
 
-
-def on_page_markdown(markdown: str, page: Any, config: Any, files: Any) -> str:
-    """MkDocs' event: a page before it is rendered."""
-    del files
-    return within_the_site(markdown, page.file.src_uri, config.repo_url or "")
+def source(page: str) -> Path:
+    """Of a page of the site: the file in the repository."""
+    return ROOT / ELSEWHERE[page] if page in ELSEWHERE else DOCS / page
 
 
 def within_the_site(markdown: str, page: str, repository: str = "") -> str:
@@ -52,8 +55,7 @@ def _link(found: re.Match[str], page: str, repository: str) -> str:
     text, (target, hash_sign, anchor) = found[1], found[2].partition("#")
     if not target or ":" in target:
         return found[0]
-    source = ROOT / ELSEWHERE[page] if page in ELSEWHERE else DOCS / page
-    path = Path(os.path.normpath(source.parent / target))
+    path = Path(os.path.normpath(source(page).parent / target))
     pages = {ROOT / file: DOCS / name for name, file in ELSEWHERE.items()} | {ROOT / "README.md": DOCS / "index.md"}
     path = pages.get(path, path)
     if path.is_relative_to(DOCS):
@@ -62,3 +64,7 @@ def _link(found: re.Match[str], page: str, repository: str) -> str:
     if repository:
         return f"[{text}]({repository.rstrip('/')}/blob/main/{name}{hash_sign}{anchor})"
     return text if text.strip("`").rstrip("/") == name else f"{text} (`{name}`)"
+
+
+if __name__ == "__main__":
+    copy(Path(sys.argv[1]))
