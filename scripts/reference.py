@@ -68,15 +68,16 @@ _STRUCTS: Final = (
         "older engines, an array that begins with the tag. Unknown fields are ignored. An unknown event is skipped and "
         "counted; the rest of its batch is kept.",
         "serve_app/events/wire.py",
-        ("BlockStored", "BlockRemoved", "AllBlocksCleared"),
+        "tag",
     ),
     (
         "Records in Redis",
         "Each is a msgpack array, its fields in this order. New fields are added at the end, with a default.",
         "serve_app/index/keyspace.py",
-        ("DomainRecord", "GroupRecord", "HeartbeatRecord", "LogRecord", "SeqRecord"),
+        "array_like",
     ),
 )
+"""Title, introduction, module, and the keyword by which a struct there is one that is sent."""
 
 
 def files() -> dict[Path, str]:
@@ -247,16 +248,18 @@ def grpc_page() -> str:
 
 def wire_page() -> str:
     parts = [f"# Wire formats\n\n{_WRITTEN} the structs that decode them."]
-    for title, intro, source, names in _STRUCTS:
-        parts.append(f"## {title}\n\n{intro} Source: `{source}`.")
-        structs = {node.name: node for node in _classes(source)}
+    for title, intro, source, keyword in _STRUCTS:
         comments = _comments(source)
-        parts += [_struct(structs[name], comments) for name in names]
+        parts.append(f"## {title}\n\n{intro} Source: `{source}`.")
+        parts += [_struct(node, comments) for node in _structs(source, keyword)]
     return "\n\n".join(parts)
 
 
-def _classes(source: str) -> Iterator[ast.ClassDef]:
-    return (node for node in ast.parse((ROOT / source).read_text()).body if isinstance(node, ast.ClassDef))
+def _structs(source: str, keyword: str) -> Iterator[ast.ClassDef]:
+    for node in ast.parse((ROOT / source).read_text()).body:
+        if isinstance(node, ast.ClassDef) and keyword in {each.arg for each in node.keywords}:
+            if not node.name.startswith("_"):
+                yield node
 
 
 def _comments(source: str) -> dict[int, str]:
