@@ -257,9 +257,8 @@ def wire_page() -> str:
 
 def _structs(source: str, keyword: str) -> Iterator[ast.ClassDef]:
     for node in ast.parse((ROOT / source).read_text()).body:
-        if isinstance(node, ast.ClassDef) and keyword in {each.arg for each in node.keywords}:
-            if not node.name.startswith("_"):
-                yield node
+        if isinstance(node, ast.ClassDef) and {keyword} <= {each.arg for each in node.keywords} and node.name[0] != "_":
+            yield node
 
 
 def _comments(source: str) -> dict[int, str]:
