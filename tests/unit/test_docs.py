@@ -156,6 +156,27 @@ def test_links_lead_somewhere(page: Path) -> None:
     assert dead == []
 
 
+FILES = [
+    str(path.relative_to(ROOT))
+    for folder in ("serve_app", "tests", "benchmarks", "scripts", "configs", "cluster", "examples", ".ci", "docs")
+    for path in (ROOT / folder).rglob("*.*")
+]
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_files_that_are_named_exist(page: Path) -> None:
+    """Whole paths, or their ends: `routing/costs.py`."""
+    named = set(re.findall(r"`([\w./-]+\.(?:py|proto|sh|acl|conf))(?:::\w+)?`", page.read_text()))
+    assert [name for name in sorted(named) if not any(f"/{file}".endswith(f"/{name}") for file in FILES)] == []
+
+
+def test_make_targets_that_are_named_exist() -> None:
+    targets = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), re.M))
+    here = [page for page in PAGES if not page.is_relative_to(ROOT / "examples")]  # one has a Makefile of its own
+    named = {target for page in here for target in re.findall(r"`make ([a-z-]+)", page.read_text())}
+    assert named - targets == {"run"}  # of examples/envoy-gateway
+
+
 def test_the_site_has_every_page_once() -> None:
     listed = re.findall(r": (\S+\.md)$", (ROOT / "mkdocs.yml").read_text(), re.M)
     assert sorted(listed) == sorted([*(str(page.relative_to(DOCS)) for page in DOCS.rglob("*.md")), *SITE.ELSEWHERE])
