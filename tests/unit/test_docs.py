@@ -233,6 +233,45 @@ def test_the_readmes_demo_is_the_committed_run() -> None:
         assert row in (DOCS / "benchmarks.md").read_text()
 
 
+def result(name: str) -> Any:
+    return json.loads((ROOT / f"benchmarks/results/{name}.json").read_text())
+
+
+def test_the_readmes_figures_are_those_of_the_committed_runs() -> None:
+    last = {policy: run["stages"][-1] for policy, run in result("fleet")["workloads"]["llmd-73"]["mean"].items()}
+    sessions = {
+        size: {
+            name: run["overall"]
+            for name, run in result(f"fleet_agents_{size}")["workloads"]["agents-claude-code"]["mean"].items()
+        }
+        for size in ("307k", "461k")
+    }
+    bypass = {row["system"]: row["cached_share"] for row in result("real")["rows"] if row["scenario"] == "bypass"}
+    audit, faults, soak = result("audit"), result("chaos")["faults"], result("soak")
+    rows = [
+        f"TTFT p90 | **{last['ours']['ttft_p90_s']:.2f} s** | round robin {last['round_robin']['ttft_p90_s']:.0f} s, "
+        f"consistent hash {last['consistent_hash']['ttft_p90_s']:.0f} s, "
+        f"Ray's prefix router {last['prefix_cache_affinity']['ttft_p90_s']:.2f} s |",
+        f"output tokens/s | **{last['ours']['output_tokens_per_s']:,.0f}** | "
+        f"round robin {last['round_robin']['output_tokens_per_s']:,.0f}, "
+        f"Ray's prefix router {last['prefix_cache_affinity']['output_tokens_per_s']:,.0f} |",
+        *(
+            f"| **{runs['ours']['ttft_mean_s']:.2f} s** | llm-d's scorers {runs['llmd']['ttft_mean_s']:.2f} s, "
+            f"Dynamo's formula {runs['dynamo']['ttft_mean_s']:.2f} s |"
+            for runs in sessions.values()
+        ),
+        f"| **{bypass['kv_aware']:.2f}** | Ray's prefix router {bypass['ray_prefix']:.2f}, vllm-router "
+        f"{bypass['vllm_router_cache_aware']:.2f} and {bypass['vllm_router_kv_aware']:.2f} |",
+        f"| **{audit['exact'] * audit['requests']:.0f} of {audit['requests']} exact** |",
+        f"| {len(faults)} faults under load, {sum(each['requests'] for each in faults):,} requests | **none failed** |",
+        f"| {soak['duration_s'] / 60:.0f} minutes at {soak['load']['events_per_s_after_warm_up']:,.0f} events/s, "
+        f"{soak['truth']['compared'] / 1e6:.1f} million answers | **none wrong** |",
+    ]
+    assert last["ours"]["rate_per_s"] == 60
+    assert sum(each["failed"] for each in faults) == soak["truth"]["wrong"] == 0
+    assert [row for row in rows if row not in README] == []
+
+
 @pytest.mark.parametrize("page", [ROOT / "README.md", DOCS / "how-to/ray-serve.md"], ids=lambda page: page.name)
 def test_the_three_lines_are_those_of_the_config(page: Path) -> None:
     """That config is built in tests/integration/test_config_files.py."""
