@@ -120,8 +120,15 @@ bench-score: bench-setup ## what a score costs in process, over HTTP and gRPC, i
 	@$(BIN)/python benchmarks/bench_score.py $(ARGS)
 
 .PHONY: docs
-docs: setup ## write docs/metrics.md and Grafana's dashboards again
+docs: setup ## write what is generated again: docs/metrics.md, docs/reference and Grafana's dashboards
 	@$(BIN)/python scripts/dashboards.py
+	@$(BIN)/python scripts/reference.py
+
+.PHONY: site
+site: docs ## build the documentation as a site in site/, strictly and offline
+	@$(BIN)/python -c "import zensical" 2>/dev/null || $(BIN)/pip install --quiet -c constraints.txt -e '.[docs]'
+	@$(BIN)/python scripts/site_pages.py build/docs
+	@$(BIN)/zensical build --strict $(ARGS)
 
 .PHONY: golden
 golden: setup ## write what the chart's examples render to into tests/golden again
@@ -165,5 +172,5 @@ lock: ## resolve pyproject.toml afresh and write constraints.txt, constraints-gp
 
 .PHONY: clean
 clean: ## delete .venv and every cache in this folder (built models stay in ~/.cache/kvcache-manager)
-	@rm -rf .venv .venv.lock build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis
+	@rm -rf .venv .venv.lock build dist site .cache *.egg-info .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis
 	@find . -name __pycache__ -type d -prune -exec rm -rf {} +

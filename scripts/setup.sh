@@ -149,7 +149,7 @@ lock_constraints() {
     python=$(find_python)
     say "resolving pyproject.toml without constraints, in $scratch (several minutes)"
     make_venv "$python" "$scratch/venv"
-    pip_install "$scratch/venv" ".[cpu,dev]"
+    pip_install "$scratch/venv" ".[cpu,dev,docs]"
     remove_broken_companions "$scratch/venv"
     {
         sed -n '/^#/p;/^#/!q' constraints.txt
