@@ -64,9 +64,13 @@ SECTIONS: Final[tuple[tuple[str, str, tuple[type[BaseModel], ...]], ...]] = (
 _STRUCTS: Final = (
     (
         "KV events",
-        "A batch is msgpack `[ts, [event, ...], data_parallel_rank]`. An event is a map with the tag `type`, or, from "
-        "older engines, an array that begins with the tag. Unknown fields are ignored. An unknown event is skipped and "
-        "counted; the rest of its batch is kept.",
+        (
+            "A batch is msgpack `[ts, [event, ...], data_parallel_rank]`. An event is a map with the tag "
+            "`type`, or, from "
+            "older engines, an array that begins with the tag. Unknown fields are ignored. An unknown event "
+            "is skipped and "
+            "counted; the rest of its batch is kept."
+        ),
         "serve_app/events/wire.py",
         "tag",
     ),
@@ -157,7 +161,7 @@ def cli_page() -> str:
     text = get_docs_for_click(
         obj=command, ctx=typer.Context(command, info_name="kvcache"), name="kvcache", title="Command line"
     )
-    text = re.sub(r"^Example: (kvcache .+)$", r"**Example**: `\1`", text, flags=re.M)
+    text = re.sub(r"^Example: (kvcache .+)$", r"**Example**: `\1`", text, flags=re.MULTILINE)
     head, _, rest = text.partition("\n\n")
     return f"{head}\n\n{_WRITTEN} the command itself; `kvcache COMMAND --help` says the same.\n\n{rest}"
 
@@ -166,9 +170,12 @@ def http_page() -> str:
     """Of the score service; Ray's graph has the same below `/kvcache`."""
     described = json.loads(document(choices=True))
     parts = [
-        f"# HTTP\n\n{_WRITTEN} the service's OpenAPI document, which it serves at `/openapi.json`. The score service "
-        "listens on `127.0.0.1:8100`. Ray's graph has the same paths below `/kvcache`, without the choices. "
-        "A question is the body of an OpenAI request with the fields below beside it.",
+        (
+            f"# HTTP\n\n{_WRITTEN} the service's OpenAPI document, which it serves at `/openapi.json`. The "
+            f"score service "
+            "listens on `127.0.0.1:8100`. Ray's graph has the same paths below `/kvcache`, without the choices. "
+            "A question is the body of an OpenAI request with the fields below beside it."
+        ),
         "## Endpoints\n",
     ]
     rows = ["| | | what |", "| --- | --- | --- |"]
@@ -237,8 +244,11 @@ def _shape(schema: dict[str, Any]) -> str:
 
 def grpc_page() -> str:
     parts = [
-        f"# gRPC\n\n{_WRITTEN} the `.proto` files. The score service listens on `127.0.0.1:8101`. It has health checks "
-        "and reflection too. `indexer.v1` is llm-d's wire, so llm-d's clients can ask this service.",
+        (
+            f"# gRPC\n\n{_WRITTEN} the `.proto` files. The score service listens on `127.0.0.1:8101`. It has "
+            f"health checks "
+            "and reflection too. `indexer.v1` is llm-d's wire, so llm-d's clients can ask this service."
+        ),
     ]
     for name in ("kvcache", "indexer", "ext_proc"):
         text = (ROOT / f"serve_app/protos/{name}.proto").read_text().rstrip()
@@ -282,8 +292,11 @@ def _struct(node: ast.ClassDef, comments: dict[int, str]) -> str:
 def runbooks_page() -> str:
     groups = yaml.safe_load((ROOT / "serve_app/dashboards/rules.yaml").read_text())["groups"]
     parts = [
-        f"# Runbooks\n\n{_WRITTEN} serve_app/dashboards/rules.yaml. Each alert's `description` is its runbook. How to "
-        "load the alerts: [Prometheus and Grafana](../../cluster/README.md#prometheus-and-grafana).",
+        (
+            f"# Runbooks\n\n{_WRITTEN} serve_app/dashboards/rules.yaml. Each alert's `description` is its "
+            f"runbook. How to "
+            "load the alerts: [Prometheus and Grafana](../../cluster/README.md#prometheus-and-grafana)."
+        ),
     ]
     for rule in (rule for group in groups for rule in group["rules"]):
         severity, runbook = rule["labels"]["severity"].capitalize(), rule["annotations"]["description"].strip()

@@ -27,7 +27,7 @@ ELSEWHERE: Final = {
 """Page of the site -> the file that it is made of."""
 
 LINK: Final = re.compile(r"(?<!!)\[((?:[^\[\]]|\[[^\[\]]*\])*)\]\(([^()\s]+)\)")
-_FENCE: Final = re.compile(r"(^ *```.*?^ *```)", re.M | re.S)
+_FENCE: Final = re.compile(r"(^ *```.*?^ *```)", re.MULTILINE | re.DOTALL)
 
 
 def copy(destination: Path) -> None:

@@ -205,7 +205,7 @@ def vllm(facts: Facts) -> Iterator[Finding]:
                 Level.ERROR,
                 f"{url} publishes no KV events",
                 "nobody can know what it holds",
-                '--kv-events-config \'{"enable_kv_cache_events": true, "publisher": "zmq", ...}\' (README.md)',
+                'start it with --kv-events-config \'{"enable_kv_cache_events": true, "publisher": "zmq", ...}\'',
             )
         if settings.events and not settings.replay_endpoint:
             yield Finding(

@@ -35,7 +35,7 @@ PAGES = sorted(
         *(ROOT / "examples").rglob("*.md"),
     ]
 )
-_FENCE = re.compile(r"^ *```.*?^ *```", re.M | re.S)
+_FENCE = re.compile(r"^ *```.*?^ *```", re.MULTILINE | re.DOTALL)
 _TARGET = re.compile(r"\]\(([^()\s]+)\)|(?:src|srcset|href)=\"([^\"]+)\"")
 _REASON = re.compile(r"PromptError\(\s*\"(\w+)\"")
 
@@ -65,7 +65,7 @@ def test_generated_pages_are_up_to_date() -> None:
 def section(page: str, heading: str) -> str:
     """Of a page of docs/reference: from a heading to the next."""
     text = (REFERENCE.FOLDER / f"{page}.md").read_text()
-    found = re.search(rf"^#+ {re.escape(heading)}\n(.*?)(?=^#|\Z)", text, re.M | re.S)
+    found = re.search(rf"^#+ {re.escape(heading)}\n(.*?)(?=^#|\Z)", text, re.MULTILINE | re.DOTALL)
     assert found is not None, f"{page}.md has no {heading!r}; run: make docs"
     return found[1]
 
@@ -136,7 +136,7 @@ def test_every_reason_of_a_fallback_is_explained() -> None:
 def anchors(page: Path) -> set[str]:
     """As code hosts and the site make them of headings."""
     found: list[str] = []
-    for heading in re.findall(r"^#{1,6} (.+)$", _FENCE.sub("", page.read_text()), re.M):
+    for heading in re.findall(r"^#{1,6} (.+)$", _FENCE.sub("", page.read_text()), re.MULTILINE):
         text = re.sub(r"\[([^]]*)\]\([^)]*\)", r"\1", heading).lower()
         found.append(re.sub(r"[^\w\- ]", "", text).strip().replace(" ", "-"))
     return set(found)
@@ -171,14 +171,14 @@ def test_files_that_are_named_exist(page: Path) -> None:
 
 
 def test_make_targets_that_are_named_exist() -> None:
-    targets = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), re.M))
+    targets = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
     here = [page for page in PAGES if not page.is_relative_to(ROOT / "examples")]  # one has a Makefile of its own
     named = {target for page in here for target in re.findall(r"`make ([a-z-]+)", page.read_text())}
     assert named - targets == {"run"}  # of examples/envoy-gateway
 
 
 def test_the_site_has_every_page_once() -> None:
-    listed = re.findall(r": (\S+\.md)$", (ROOT / "mkdocs.yml").read_text(), re.M)
+    listed = re.findall(r": (\S+\.md)$", (ROOT / "mkdocs.yml").read_text(), re.MULTILINE)
     assert sorted(listed) == sorted([*(str(page.relative_to(DOCS)) for page in DOCS.rglob("*.md")), *SITE.ELSEWHERE])
 
 
@@ -217,8 +217,8 @@ README = (ROOT / "README.md").read_text()
 def test_the_readme_is_short_and_names_the_two_commands() -> None:
     assert len(README.splitlines()) <= 120
     (block,) = (block for block in _FENCE.findall(README) if "make demo" in block)
-    targets = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), re.M))
-    assert re.findall(r"^make (\S+)", block, re.M) == ["demo", "test"]
+    targets = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
+    assert re.findall(r"^make (\S+)", block, re.MULTILINE) == ["demo", "test"]
     assert {"demo", "test", "check", "site", "docs"} <= targets
 
 
@@ -249,23 +249,32 @@ def test_the_readmes_figures_are_those_of_the_committed_runs() -> None:
     bypass = {row["system"]: row["cached_share"] for row in result("real")["rows"] if row["scenario"] == "bypass"}
     audit, faults, soak = result("audit"), result("chaos")["faults"], result("soak")
     rows = [
-        f"TTFT p90 | **{last['ours']['ttft_p90_s']:.2f} s** | round robin {last['round_robin']['ttft_p90_s']:.0f} s, "
-        f"consistent hash {last['consistent_hash']['ttft_p90_s']:.0f} s, "
-        f"Ray's prefix router {last['prefix_cache_affinity']['ttft_p90_s']:.2f} s |",
-        f"output tokens/s | **{last['ours']['output_tokens_per_s']:,.0f}** | "
-        f"round robin {last['round_robin']['output_tokens_per_s']:,.0f}, "
-        f"Ray's prefix router {last['prefix_cache_affinity']['output_tokens_per_s']:,.0f} |",
+        (
+            f"TTFT p90 | **{last['ours']['ttft_p90_s']:.2f} s** | round robin "
+            f"{last['round_robin']['ttft_p90_s']:.0f} s, "
+            f"consistent hash {last['consistent_hash']['ttft_p90_s']:.0f} s, "
+            f"Ray's prefix router {last['prefix_cache_affinity']['ttft_p90_s']:.2f} s |"
+        ),
+        (
+            f"output tokens/s | **{last['ours']['output_tokens_per_s']:,.0f}** | "
+            f"round robin {last['round_robin']['output_tokens_per_s']:,.0f}, "
+            f"Ray's prefix router {last['prefix_cache_affinity']['output_tokens_per_s']:,.0f} |"
+        ),
         *(
             f"| **{runs['ours']['ttft_mean_s']:.2f} s** | llm-d's scorers {runs['llmd']['ttft_mean_s']:.2f} s, "
             f"Dynamo's formula {runs['dynamo']['ttft_mean_s']:.2f} s |"
             for runs in sessions.values()
         ),
-        f"| **{bypass['kv_aware']:.2f}** | Ray's prefix router {bypass['ray_prefix']:.2f}, vllm-router "
-        f"{bypass['vllm_router_cache_aware']:.2f} and {bypass['vllm_router_kv_aware']:.2f} |",
+        (
+            f"| **{bypass['kv_aware']:.2f}** | Ray's prefix router {bypass['ray_prefix']:.2f}, vllm-router "
+            f"{bypass['vllm_router_cache_aware']:.2f} and {bypass['vllm_router_kv_aware']:.2f} |"
+        ),
         f"| **{audit['exact'] * audit['requests']:.0f} of {audit['requests']} exact** |",
         f"| {len(faults)} faults under load, {sum(each['requests'] for each in faults):,} requests | **none failed** |",
-        f"| {soak['duration_s'] / 60:.0f} minutes at {soak['load']['events_per_s_after_warm_up']:,.0f} events/s, "
-        f"{soak['truth']['compared'] / 1e6:.1f} million answers | **none wrong** |",
+        (
+            f"| {soak['duration_s'] / 60:.0f} minutes at {soak['load']['events_per_s_after_warm_up']:,.0f} events/s, "
+            f"{soak['truth']['compared'] / 1e6:.1f} million answers | **none wrong** |"
+        ),
     ]
     assert last["ours"]["rate_per_s"] == 60
     assert sum(each["failed"] for each in faults) == soak["truth"]["wrong"] == 0
