@@ -49,8 +49,8 @@ down: setup ## stop what `make up` started
 	@$(BIN)/kvcache down $(ARGS)
 
 .PHONY: test
-test: setup ## all tests; real Valkey, real Ray, real vLLM (half an hour; two at a time: see tests/conftest.py)
-	@$(BIN)/python -m pytest -n 2 $(ARGS)
+test: setup ## all tests; real Valkey, real Ray, real vLLM (an hour; with ARGS='-n 2' two at a time)
+	@$(BIN)/python -m pytest $(ARGS)
 
 .PHONY: test-parity
 test-parity: setup ## prompts against real vLLM, every tokenizer family and all generated cases

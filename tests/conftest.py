@@ -25,13 +25,14 @@ def starts_engines(path: Path) -> bool:
     return path.parent.name == "integration" and path.name not in PARITY
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    items.sort(key=lambda item: starts_engines(item.path), reverse=True)  # what takes longest begins first; stable
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    if hasattr(config, "workerinput"):  # of xdist: what takes longest begins first
+        items.sort(key=lambda item: starts_engines(item.path), reverse=True)  # stable
 
 
 @pytest.hookimpl(optionalhook=True)
 def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
-    """With two workers (`make test`), one has all tests that start engines; the other takes file by file.
+    """With two workers (`make test ARGS="-n 2"`), one has all tests that start engines; the other takes file by file.
 
     Engines and Ray clusters need the machine for themselves. (xdist's own groups have no effect with pytest 9.2.)
     """
