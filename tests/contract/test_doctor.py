@@ -350,10 +350,14 @@ class TestMachine:
 
     def test_processes_of_a_stack_that_has_ended(self, fleet: Fleet) -> None:
         environment = {**os.environ, local_stack.STACK_VARIABLE: f"{local_stack._state_file()}:gone"}
-        with subprocess.Popen(["sleep", "600"], env=environment) as left:
+        left = subprocess.Popen(["sleep", "600"], env=environment)
+        try:
             ((level, saw),) = of("orphans", found(fleet))
             local_stack.end(local_stack.orphans(None), on_progress=lambda _: None)
             assert not psutil.pid_exists(left.pid)
+        finally:
+            left.kill()
+            left.wait()
         assert level is Level.WARNING
         assert f"1 processes of a `kvcache up` that has ended: {left.pid} (sleep)" in saw
         assert of("orphans", found(fleet)) == []

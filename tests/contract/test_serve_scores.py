@@ -33,7 +33,7 @@ class Command:
         self.process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=environ)
         self.url = f"http://127.0.0.1:{self.http}"
 
-    def until(self, check: Callable[[], bool], timeout_s: float = 40.0) -> None:
+    def until(self, check: Callable[[], bool], timeout_s: float = 120.0) -> None:
         deadline_s = time.monotonic() + timeout_s
         while True:
             assert self.process.poll() is None, self.process.stderr and self.process.stderr.read()
