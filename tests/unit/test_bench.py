@@ -89,7 +89,6 @@ def test_two_apis_get_the_same_and_are_told_apart(plain: OpenAI, caching: OpenAI
     assert plain.keys == {"Bearer secret"}
     assert first.summary()["cached_share"] == 0.0
     assert second.summary()["cached_share"] > 0.5  # two of three turns
-    assert sum(second.ttft_s) < sum(first.ttft_s)  # the slower one computes every prompt whole
     assert {body["model"] for body in plain.bodies} == {"m"}
 
 

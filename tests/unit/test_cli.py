@@ -172,7 +172,10 @@ class TestConfigs:
         assert mine.read_text() != "mine"
 
     @pytest.mark.parametrize("command", [("config", "show"), ("config", "copy"), ("up",)])
-    def test_a_name_that_is_none_lists_those_that_are(self, run: Run, command: tuple[str, ...]) -> None:
+    def test_a_name_that_is_none_lists_those_that_are(
+        self, run: Run, command: tuple[str, ...], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setenv("KVCACHE_HOME", str(tmp_path))  # where nothing runs
         status, said = run(*command, "quick-start")
         assert status == 1
         assert "'quick-start'" in said
