@@ -21,12 +21,11 @@ from threading import Lock
 
 import xxhash
 
-from serve_app.blocks import KEY_BYTES, block_keys
+from serve_app.blocks import KEY_BYTES, TOKEN_BYTES, block_keys
 from serve_app.prompts.conversations import Conversations
 from serve_app.prompts.tokenizer import Segment
 from serve_app.types import BlockKey, BlockKeys
 
-_TOKEN_BYTES = 4
 _DIGEST_BYTES = 16
 # Of one entry beside its payload: dict slot and list node of OrderedDict (measured with tracemalloc, CPython 3.11).
 _SLOT_BYTES = 110
@@ -192,7 +191,7 @@ class PrefixStore:
         for segment_ids in ids:
             tokens = tail + segment_ids
             keys = block_keys(tokens, lookup.block_size, parent)
-            tail = tokens[len(keys) // KEY_BYTES * lookup.block_size * _TOKEN_BYTES :]
+            tail = tokens[len(keys) // KEY_BYTES * lookup.block_size * TOKEN_BYTES :]
             parent = BlockKey(keys[-KEY_BYTES:]) if keys else parent
             made.append(_Entry(segment_ids, keys, tail, parent))
         if made:
@@ -237,8 +236,8 @@ def _joined(entries: Sequence[_Entry], known: int) -> EncodedPrompt:
     cached = sum(map(len, chunks[:known]))
     return EncodedPrompt(
         block_keys=b"".join([entry.keys for entry in entries]),
-        token_count=(cached + sum(map(len, chunks[known:]))) // _TOKEN_BYTES,
-        cached_token_count=cached // _TOKEN_BYTES,
+        token_count=(cached + sum(map(len, chunks[known:]))) // TOKEN_BYTES,
+        cached_token_count=cached // TOKEN_BYTES,
         chunks=chunks,
     )
 

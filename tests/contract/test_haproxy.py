@@ -19,6 +19,7 @@ from ray.serve._private import haproxy as ray_haproxy_module
 from ray.serve._private.haproxy import BackendConfig, HAProxyApi, HAProxyConfig, ServerConfig
 
 from serve_app import haproxy
+from tests.answering import Answering
 from tests.helpers import eventually
 from tests.servers import free_port
 
@@ -36,9 +37,9 @@ class Server:
         self._release = threading.Event()
         outer = self
 
-        class Handler(BaseHTTPRequestHandler):
+        class Handler(Answering, BaseHTTPRequestHandler):
             def do_GET(self) -> None:
-                self._send(200, {})
+                self.say(200, {})
 
             def do_POST(self) -> None:
                 body = self.rfile.read(int(self.headers.get("content-length", 0)))
@@ -48,18 +49,7 @@ class Server:
                 if answer is None:
                     outer._release.wait(10)
                     return
-                self._send(*answer)
-
-            def _send(self, status: int, answer: dict[str, object]) -> None:
-                content = json.dumps(answer).encode()
-                self.send_response(status)
-                self.send_header("content-type", "application/json")
-                self.send_header("content-length", str(len(content)))
-                self.end_headers()
-                self.wfile.write(content)
-
-            def log_message(self, format: str, *args: object) -> None:
-                pass
+                self.say(*answer)
 
         self._server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
         self._server.daemon_threads = True

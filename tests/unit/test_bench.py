@@ -13,6 +13,7 @@ import pytest
 
 from serve_app.bench import Load, compare
 from serve_app.errors import ConfigError
+from tests.answering import Answering
 from tests.unit.conftest import Run
 
 LOAD = Load(conversations=3, turns=3, tokens=100, seed=7)
@@ -27,12 +28,12 @@ class OpenAI:
         seen: list[str] = []
         api = self
 
-        class Handler(BaseHTTPRequestHandler):
+        class Handler(Answering, BaseHTTPRequestHandler):
             def do_GET(self) -> None:
-                self.answer(b'{"data": [{"id": "m"}]}', "application/json")
+                self.answer(b'{"data": [{"id": "m"}]}')
 
             def do_POST(self) -> None:
-                body = json.loads(self.rfile.read(int(self.headers["content-length"])))
+                body = self.asked()
                 api.bodies.append(body)
                 api.keys.add(self.headers["authorization"])
                 if len(api.bodies) <= fails:
@@ -47,17 +48,7 @@ class OpenAI:
                     usage["prompt_tokens_details"] = {"cached_tokens": held}
                 chunks = [{"choices": [{"delta": {"content": word}}]} for word in ("yes ", "and ", "no")]
                 lines = [f"data: {json.dumps(one)}\n\n" for one in (*chunks, {"choices": [], "usage": usage})]
-                self.answer("".join([*lines, "data: [DONE]\n\n"]).encode(), "text/event-stream")
-
-            def answer(self, content: bytes, kind: str) -> None:
-                self.send_response(200)
-                self.send_header("content-type", kind)
-                self.send_header("content-length", str(len(content)))
-                self.end_headers()
-                self.wfile.write(content)
-
-            def log_message(self, format: str, *args: object) -> None:
-                pass
+                self.answer("".join([*lines, "data: [DONE]\n\n"]).encode(), kind="text/event-stream")
 
         self.server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
         self.url = f"http://127.0.0.1:{self.server.server_port}"

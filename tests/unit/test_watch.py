@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 
 from serve_app.commands.watch import look, new_receipts
+from tests.answering import Answering
 from tests.unit.conftest import Run
 
 COST = {"queue": 0.02, "prefill": 0.1}
@@ -58,7 +59,7 @@ class Graph:
         self.asked: list[Any] = []
         graph = self
 
-        class Handler(BaseHTTPRequestHandler):
+        class Handler(Answering, BaseHTTPRequestHandler):
             def do_GET(self) -> None:
                 path, _, query = self.path.partition("?")
                 limit = int(query.partition("limit=")[2] or 50)
@@ -66,25 +67,15 @@ class Graph:
                     "/kvcache/v1/receipts": graph.receipts[::-1][:limit],
                     "/kvcache/v1/pods": {"model": "m", "stale_for_s": 0.1, "pods": [POD]},
                 }
-                self.answer(503 if graph.is_down else 200, answers[path])
+                self.say(503 if graph.is_down else 200, answers[path])
 
             def do_POST(self) -> None:
-                self.rfile.read(int(self.headers["content-length"]))
-                self.answer(404, {"error": {"code": "no_choices", "message": "there is only /v1/score"}})
+                self.asked()
+                self.say(404, {"error": {"code": "no_choices", "message": "there is only /v1/score"}})
 
             def do_PUT(self) -> None:
-                graph.asked.append(json.loads(self.rfile.read(int(self.headers["content-length"]))))
-                self.answer(200, SCORE)
-
-            def answer(self, status: int, body: Any) -> None:
-                content = json.dumps(body).encode()
-                self.send_response(status)
-                self.send_header("content-length", str(len(content)))
-                self.end_headers()
-                self.wfile.write(content)
-
-            def log_message(self, format: str, *args: object) -> None:
-                pass
+                graph.asked.append(self.asked())
+                self.say(200, SCORE)
 
         self.server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
         self.url = f"http://127.0.0.1:{self.server.server_port}/kvcache"
